@@ -1,0 +1,28 @@
+"""Train normalized networks on the spheres where their scale-invariant weights live."""
+
+from sphereopt import geometry as geometry
+from sphereopt import monitor as monitor
+from sphereopt import moves as moves
+from sphereopt import optim as optim
+from sphereopt import theory as theory
+from sphereopt.detect import find_spheres
+from sphereopt.groups import param_groups
+from sphereopt.monitor import Tracker, track
+from sphereopt.optim import SphereAdam, SphereOptimizer, SphereSGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SphereAdam",
+    "SphereOptimizer",
+    "SphereSGD",
+    "Tracker",
+    "find_spheres",
+    "geometry",
+    "monitor",
+    "moves",
+    "optim",
+    "param_groups",
+    "theory",
+    "track",
+]

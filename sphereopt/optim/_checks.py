@@ -1,0 +1,193 @@
+"""What a parameter group and a checkpoint must satisfy, with errors that say what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+from torch import Tensor
+
+from sphereopt import spheres
+from sphereopt.geometry import TRANSPORTS
+from sphereopt.moves import MOVES, RADIANS
+from sphereopt.radius import POLICIES
+
+__all__ = ["KINDS", "check_checkpoint", "check_group", "parameter_name", "resolve", "units"]
+
+KINDS = ("proved", "constrained")
+_CHOICES = {"move": tuple(MOVES), "radius": POLICIES, "transport": TRANSPORTS, "kind": KINDS}
+_AT_LEAST_ZERO = ("lr", "momentum", "weight_decay", "eps")
+_NOT_SERVED = ("capturable", "differentiable")
+
+Group = dict[str, Any]
+
+
+def parameter_name(group: Group, index: int, position: int) -> str:
+    """Return the name of a parameter, or where it stands if the groups carry no names."""
+    names = group.get("param_names")
+    return names[position] if names else f"group {index}, parameter {position}"
+
+
+def units(group: Group, index: int) -> list[tuple[list[str], list[Tensor]]]:
+    """Return names and tensors of what has its own spheres: each parameter, or a joint group."""
+    params = group["params"]
+    names = [parameter_name(group, index, i) for i in range(len(params))]
+    if group.get("joint"):
+        return [(names, list(params))]
+    return [([name], [p]) for name, p in zip(names, params, strict=True)]
+
+
+def resolve(group: Group, default_move: str) -> None:
+    """Fill in the move and the transport that a sphere group leaves open."""
+    if group["sphere"] is None:
+        return
+    free = group["radius"] == "free"
+    if group["move"] is None:
+        group["move"] = "renorm" if free else default_move
+    if group["transport"] is None:
+        group["transport"] = "none" if free else "project"
+
+
+def check_group(group: Group, index: int) -> None:
+    """Raise if the options of a group, or one of its parameters, do not fit.
+
+    Args:
+        group: A group as torch stores it, resolved.
+        index: Its number, for messages of groups without names.
+
+    Raises:
+        ValueError: If a value is out of range, or a sphere spec does not fit a shape.
+        TypeError: If a parameter has a dtype without directions.
+    """
+    _check_numbers(group)
+    if group["sphere"] is None:
+        if group["joint"]:
+            raise ValueError("joint=True needs a sphere; set sphere='tensor' or 'row'")
+        return
+    for key, allowed in _CHOICES.items():
+        if group[key] not in allowed:
+            raise ValueError(f"{key}={group[key]!r} is none of {', '.join(map(repr, allowed))}")
+    for key in _NOT_SERVED:
+        if group.get(key):
+            raise ValueError(f"{key}=True is not supported on spheres; leave it out")
+    _check_spheres(group, index)
+    _check_radius(group, index)
+
+
+def _check_numbers(group: Group) -> None:
+    for key in _AT_LEAST_ZERO:
+        value = group.get(key, 0.0)
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{key} is a tensor of shape {tuple(value.shape)}; use one number")
+        elif not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{key}={value!r} is out of range; it must be 0 or more")
+    for i, beta in enumerate(group.get("betas", ())):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{i}]={beta!r} is out of range; it must be in [0, 1)")
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
+
+
+def _check_spheres(group: Group, index: int) -> None:
+    counts = set()
+    for i, p in enumerate(group["params"]):
+        name = parameter_name(group, index, i)
+        if not (p.is_floating_point() or p.is_complex()):
+            raise TypeError(f"parameter {name!r} has dtype {p.dtype}; a sphere needs real numbers")
+        try:
+            spheres.check(group["sphere"], p.shape, joint=group["joint"])
+        except ValueError as error:
+            raise ValueError(
+                f"parameter {name!r} has shape {tuple(p.shape)}, but {error}"
+            ) from None
+        counts.add(spheres.count(group["sphere"], p.shape))
+    if group["joint"] and len(counts) > 1:
+        names = ", ".join(parameter_name(group, index, i) for i in range(len(group["params"])))
+        raise ValueError(
+            f"joint=True with sphere={group['sphere']!r} needs as many spheres in each of {names}, "
+            f"but they have {sorted(counts)}; make them separate groups"
+        )
+
+
+def _check_radius(group: Group, index: int) -> None:
+    if group["radius"] == "free":
+        if group["kind"] == "constrained":
+            raise ValueError(
+                f"parameter {parameter_name(group, index, 0)!r} is on a sphere by choice, and "
+                "radius='free' is exact for scale-invariant weights only; use radius='fixed'"
+            )
+        if group["move"] in RADIANS:
+            raise ValueError(
+                f"move={group['move']!r} takes lr in radians, and radius='free' follows the norm "
+                "of the plain optimizer, whose lr it needs; use move='renorm'"
+            )
+    elif group["weight_decay"] != 0:
+        raise ValueError(
+            f"weight_decay={group['weight_decay']!r} does nothing on a sphere of fixed radius "
+            f"({parameter_name(group, index, 0)!r} and the rest of its group): set it to 0 there "
+            "and take lr from sphereopt.theory.equilibrium, or use radius='free'"
+        )
+
+
+def _named(groups: list[Group]) -> Iterator[tuple[int, int, str | None]]:
+    for i, group in enumerate(groups):
+        names = group.get("param_names")
+        for j in range(len(group["params"])):
+            yield i, j, names[j] if names else None
+
+
+def check_checkpoint(state_dict: dict[str, Any], groups: list[Group]) -> None:
+    """Raise if a checkpoint was not made for these groups.
+
+    Args:
+        state_dict: What ``state_dict()`` of an optimizer returned.
+        groups: The groups of the optimizer that is to load it.
+
+    Raises:
+        ValueError: If they differ; the message names the first parameter that does.
+    """
+    saved_groups = state_dict["param_groups"]
+    for ours, theirs in zip_longest(_named(groups), _named(saved_groups)):
+        if ours is None or theirs is None or ours[:2] != theirs[:2] or _differ(ours[2], theirs[2]):
+            raise ValueError(
+                "the checkpoint was made for other parameters: "
+                f"this optimizer has {_place(ours)}, the checkpoint has {_place(theirs)}; "
+                "build the groups as they were when it was saved"
+            )
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        for key in ("sphere", "joint", "kind"):
+            if group["sphere"] is not None and saved.get(key, group[key]) != group[key]:
+                raise ValueError(
+                    f"parameter {parameter_name(group, index, 0)!r} has {key}={group[key]!r} in "
+                    f"this optimizer and {key}={saved[key]!r} in the checkpoint"
+                )
+        for i, (p, number) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            name = parameter_name(group, index, i)
+            _check_state(state_dict["state"].get(number, {}), p, group, name)
+
+
+def _differ(ours: str | None, theirs: str | None) -> bool:
+    return ours is not None and theirs is not None and ours != theirs
+
+
+def _place(found: tuple[int, int, str | None] | None) -> str:
+    if found is None:
+        return "no further parameter"
+    return (f"{found[2]!r} " if found[2] else "a parameter ") + f"at group {found[0]}[{found[1]}]"
+
+
+def _check_state(state: Group, p: Tensor, group: Group, name: str) -> None:
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            continue
+        want = tuple(p.shape)
+        if group["sphere"] is not None and key in ("radius", "virtual_radius"):
+            want = (spheres.count(group["sphere"], p.shape),)
+        if tuple(value.shape) != want:
+            raise ValueError(
+                f"parameter {name!r} of shape {tuple(p.shape)} needs {key} of shape {want}, "
+                f"and the checkpoint has {tuple(value.shape)}"
+            )

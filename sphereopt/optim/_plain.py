@@ -1,0 +1,88 @@
+"""Ordinary groups: torch's own functional updates, so that the numbers are torch's bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+__all__ = ["adam_step", "sgd_step"]
+
+State = dict[str, Any]
+
+
+def sgd_step(params: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """Step parameters that have a gradient exactly as ``torch.optim.SGD`` does.
+
+    Args:
+        params: Parameters whose ``.grad`` is set.
+        states: Their optimizer state, filled in here.
+        group: Options under torch's names.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    buffers = [state.get("momentum_buffer") for state in states]
+    sgd(
+        params,
+        grads,
+        buffers,
+        has_sparse_grad=any(g.is_sparse for g in grads),
+        foreach=group["foreach"],
+        fused=group["fused"],
+        lr=group["lr"],
+        momentum=group["momentum"],
+        dampening=group["dampening"],
+        weight_decay=group["weight_decay"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+    )
+    if group["momentum"] != 0:
+        for state, buffer in zip(states, buffers, strict=True):
+            state["momentum_buffer"] = buffer
+
+
+def adam_step(params: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """Step parameters that have a gradient exactly as ``torch.optim.Adam`` or ``AdamW`` does.
+
+    Args:
+        params: Parameters whose ``.grad`` is set.
+        states: Their optimizer state, filled in here.
+        group: Options under torch's names.
+
+    Raises:
+        RuntimeError: If a gradient is sparse, as torch does.
+    """
+    for p, state in zip(params, states, strict=True):
+        if p.grad is not None and p.grad.is_sparse:
+            raise RuntimeError("Adam does not support sparse gradients; use SparseAdam for them")
+        if not state:
+            device = p.device if group["fused"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(
+                    p, memory_format=torch.preserve_format
+                )
+    beta1, beta2 = group["betas"]
+    adam(
+        params,
+        [p.grad for p in params if p.grad is not None],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+        [state["step"] for state in states],
+        foreach=group["foreach"],
+        fused=group["fused"],
+        has_complex=any(p.is_complex() for p in params),
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+        amsgrad=group["amsgrad"],
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
