@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sphereopt import moves, spheres
+from sphereopt import moves, products, spheres
 from sphereopt.moves import _divide, _root
 
 __all__ = [
@@ -43,9 +43,7 @@ def _checked(sphere: str, *tensors: Tensor) -> list[Tensor]:
                 "they must agree"
             )
     # Half precision is widened here and rounded once, in _like.
-    return [
-        v.to(spheres.accumulator(v.dtype)) for v in (spheres.view(x, sphere) for x in tensors)
-    ]
+    return [v.to(products.accumulator(v.dtype)) for v in (spheres.view(x, sphere) for x in tensors)]
 
 
 def _like(result: Tensor, tensor: Tensor, sphere: str) -> Tensor:
@@ -75,7 +73,7 @@ def norm(w: Tensor, sphere: str = "tensor") -> Tensor:
         tensor([5., 0.], dtype=torch.float64)
     """
     (v,) = _checked(sphere, w)
-    return _root(spheres.dot([v], [v]))
+    return _root(products.dot([v], [v]))
 
 
 def tangent(w: Tensor, x: Tensor, sphere: str = "tensor") -> Tensor:
@@ -93,23 +91,24 @@ def tangent(w: Tensor, x: Tensor, sphere: str = "tensor") -> Tensor:
         ValueError: If the spec does not fit, or the shapes differ.
 
     References:
-        Optimization Algorithms on Matrix Manifolds, Absil, Mahony and Sepulchre, 2008, section 3.6.1.
+        Optimization Algorithms on Matrix Manifolds, Absil, Mahony and Sepulchre, 2008,
+        section 3.6.1.
 
     Example:
         >>> tangent(torch.tensor([2.0, 0.0]), torch.tensor([5.0, 7.0]))
         tensor([0., 7.])
     """
     wv, xv = _checked(sphere, w, x)
-    (result,) = spheres.project([xv], [wv])
+    (result,) = products.project([xv], [wv])
     return _like(result, x, sphere)
 
 
 def _move(name: str, w: Tensor, t: Tensor, sphere: str) -> Tensor:
     wv, tv = _checked(sphere, w, t)
-    g = spheres.gram([wv], [tv])
+    g = products.gram([wv], [tv])
     # Not moves.coefficients: it makes b zero for a zero t, and with it the derivative by t.
     a, b = moves.MOVES[name](g, torch.full_like(g.ww, -1), _root(g.ww))
-    (result,) = spheres.combine(a, [wv], b, [tv])
+    (result,) = products.combine(a, [wv], b, [tv])
     return _like(result, w, sphere)
 
 
@@ -189,16 +188,16 @@ def log(w: Tensor, y: Tensor, sphere: str = "tensor") -> Tensor:
         tensor([0.0000, 3.1416])
     """
     wv, yv = _checked(sphere, w, y)
-    g = spheres.gram([wv], [yv])
+    g = products.gram([wv], [yv])
     rate = g.radial_rate()
-    t = spheres.combine(-rate, [wv], torch.ones_like(rate), [yv])  # tangent, laid out like w
-    tt = spheres.dot(t, t)
+    t = products.combine(-rate, [wv], torch.ones_like(rate), [yv])  # tangent, laid out like w
+    tt = products.dot(t, t)
     # Past a right angle, a tangent part that is rounding would be stretched to a half turn.
     noise = 4 * torch.finfo(t[0].dtype).eps
     length = _root(torch.where((g.wu < 0) & (tt <= noise**2 * g.uu), 0, tt))
     theta = torch.atan2(length, _divide(g.wu, _root(g.ww)))
     scale = _divide(_root(g.ww) * theta, length)
-    return _like(spheres.spread(scale, t[0]) * t[0], w, sphere)
+    return _like(products.scale(scale, t)[0], w, sphere)
 
 
 def angle(w: Tensor, y: Tensor, sphere: str = "tensor") -> Tensor:
@@ -229,15 +228,14 @@ def angle(w: Tensor, y: Tensor, sphere: str = "tensor") -> Tensor:
         tensor([1.0000e-07], dtype=torch.float64)
     """
     wv, yv = _checked(sphere, w, y)
-    one_w, one_y = (spheres.spread(_divide(torch.ones(()), norm), v) * v for v, norm in (
-        (wv, _root(spheres.dot([wv], [wv]))),
-        (yv, _root(spheres.dot([yv], [yv]))),
-    ))
-    apart, along = one_w - one_y, one_w + one_y
-    apart_norm = _root(spheres.dot([apart], [apart]))
-    theta = 2 * torch.atan2(apart_norm, _root(spheres.dot([along], [along])))
-    zero = (spheres.dot([wv], [wv]) == 0) | (spheres.dot([yv], [yv]) == 0)
-    return torch.where(zero, 0, theta)
+    ww, yy = products.dot([wv], [wv]), products.dot([yv], [yv])
+    one = torch.ones_like(ww)
+    # Both rounded alike, so that equal points are exactly zero apart (addcmul rounds once).
+    (one_w,) = products.scale(_divide(one, _root(ww)), [wv])
+    (one_y,) = products.scale(_divide(one, _root(yy)), [yv])
+    apart, along = [one_w - one_y], [one_w + one_y]
+    theta = 2 * torch.atan2(_root(products.dot(apart, apart)), _root(products.dot(along, along)))
+    return torch.where((ww == 0) | (yy == 0), 0, theta)
 
 
 def distance(w: Tensor, y: Tensor, sphere: str = "tensor") -> Tensor:
@@ -262,20 +260,25 @@ def distance(w: Tensor, y: Tensor, sphere: str = "tensor") -> Tensor:
 
 
 def transport_views(
-    ms: Sequence[Tensor], ws: Sequence[Tensor], ys: Sequence[Tensor], how: str
+    ms: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    how: str,
+    members: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Carry views of tangent vectors from the points w to the points y."""
-    yy, ym = spheres.dot(ys, ys), spheres.dot(ys, ms)
+    """Carry views of tangent vectors from the points w to the points y; see :func:`transport`."""
+    yy = products.dot(ys, ys, members)
     if how == "parallel":
-        ww = spheres.dot(ws, ws)
-        cosine = _divide(spheres.dot(ws, ys), _root(ww * yy))
+        ww, ym = products.dot(ws, ws, members), products.dot(ys, ms, members)
+        cosine = _divide(products.dot(ws, ys, members), _root(ww * yy))
         rate = -_divide(_divide(ym, _root(yy)), 1 + cosine)
-        sums = spheres.combine(_divide(rate, _root(ww)), ws, _divide(rate, _root(yy)), ys)
+        to_w, to_y = _divide(rate, _root(ww)), _divide(rate, _root(yy))
+        sums = products.combine(to_w, ws, to_y, ys, members)
         return [m + s for m, s in zip(ms, sums, strict=True)]
-    moved = spheres.project(ms, ys, yy)
+    moved = products.project(ms, ys, yy, members)
     if how == "rescale":
-        stretch = _divide(_root(spheres.dot(ms, ms)), _root(spheres.dot(moved, moved)))
-        return [spheres.spread(stretch, m) * m for m in moved]
+        before, after = products.dot(ms, ms, members), products.dot(moved, moved, members)
+        return products.scale(_divide(_root(before), _root(after)), moved, members)
     return moved
 
 
@@ -354,5 +357,5 @@ def random(
     """
     x = torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
     (v,) = _checked(sphere, x)
-    scale = _divide(torch.as_tensor(radius, device=x.device), _root(spheres.dot([v], [v])))
-    return _like(spheres.spread(scale, v) * v, x, sphere)
+    scale = _divide(torch.as_tensor(radius, device=x.device), _root(products.dot([v], [v])))
+    return _like(products.scale(scale, [v])[0], x, sphere)

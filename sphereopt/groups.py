@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sphereopt import spheres as _spheres
@@ -197,8 +196,10 @@ def _users_groups(names: dict[Tensor, str], groups: Iterable[Group] | None) -> l
         params = [p[1] if isinstance(p, tuple) else p for p in given]
         for p in params:
             if p not in names:
-                raise ValueError(f"a group has a tensor of shape {tuple(p.shape)} that is no "
-                                 "parameter of the model; build the groups from this model")
+                raise ValueError(
+                    f"a group has a tensor of shape {tuple(p.shape)} that is no "
+                    "parameter of the model; build the groups from this model"
+                )
             if p in seen:
                 raise ValueError(f"parameter {names[p]!r} is in two groups; leave it in one")
             seen.add(p)

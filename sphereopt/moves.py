@@ -51,7 +51,7 @@ class Gram(NamedTuple):
     uu: Tensor
 
     def radial_rate(self) -> Tensor:
-        r"""Return :math:`\langle w,u\rangle/\langle w,w\rangle`, zero where the weights are zero."""
+        r"""Return :math:`\langle w,u\rangle/\langle w,w\rangle`, zero where w is zero."""
         return _divide(self.wu, self.ww)
 
     def tangent_square(self) -> Tensor:
@@ -64,30 +64,32 @@ Move = Callable[[Gram, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def _divide(x: Tensor, y: Tensor) -> Tensor:
     """Return x / y, and zero where y is zero."""
-    return torch.where(y == 0, 0, x / torch.where(y == 0, 1, y))
+    zero = y == 0
+    return torch.where(zero, 0, x / torch.where(zero, 1, y))
 
 
 def _root(x: Tensor) -> Tensor:
     """Return sqrt(x), with derivative zero instead of infinity at x = 0."""
-    return torch.where(x == 0, 0, torch.sqrt(torch.where(x == 0, 1, x)))
-
-
-def _onto(radius: Tensor, a: Tensor, b: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """Rescale the point a*w + b*u, whose squared norm is given, to the radius."""
-    scale = _divide(radius, _root(square))
-    return scale * a, scale * b
+    if not torch.is_grad_enabled():
+        return torch.sqrt(x)
+    zero = x == 0
+    return torch.where(zero, 0, torch.sqrt(torch.where(zero, 1, x)))
 
 
 def _retract(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    square = gram.ww + lr**2 * gram.tangent_square()
-    return _onto(radius, 1 + lr * gram.radial_rate(), -lr * torch.ones_like(square), square)
+    rate = gram.radial_rate()
+    square = gram.ww + lr**2 * (gram.uu - gram.wu * rate).clamp_min(0)
+    scale = _divide(radius, _root(square))
+    return scale * (1 + lr * rate), -lr * scale
 
 
 def _exp(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    angle = lr * _divide(_root(gram.tangent_square()), _root(gram.ww))
+    norm = _root(gram.ww)
+    angle = lr * _divide(_root(gram.tangent_square()), norm)
+    scale = _divide(radius, norm)
     # sin(angle)/angle has no 0/0 in torch's sinc, which is sin(pi x)/(pi x).
-    b = -lr * torch.sinc(angle / torch.pi)
-    return _onto(radius, torch.cos(angle) - b * gram.radial_rate(), b, gram.ww)
+    b = -lr * scale * torch.sinc(angle / torch.pi)
+    return scale * torch.cos(angle) - b * gram.radial_rate(), b
 
 
 def _renorm(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,8 @@ def _renorm(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     square = before - 2 * lr * gram.wu
     # What rounding leaves of a step into the origin has no direction, and no norm to divide by.
     square = torch.where(square <= 8 * torch.finfo(square.dtype).eps * before, 0, square)
-    return _onto(radius, torch.ones_like(square), -lr * torch.ones_like(square), square)
+    scale = _divide(radius, _root(square))
+    return scale, -lr * scale
 
 
 def _hyperball(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,10 +106,9 @@ def _hyperball(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    norm, tangent = _root(gram.ww), _root(gram.tangent_square())
-    b = -torch.sin(lr) * _divide(norm, tangent)
-    a = torch.where(tangent == 0, 1, torch.cos(lr) - b * gram.radial_rate())
-    return _onto(radius, a, b, gram.ww)
+    b = -torch.sin(lr) * _divide(radius, _root(gram.tangent_square()))
+    scale = _divide(radius, _root(gram.ww))
+    return scale * torch.cos(lr) - b * gram.radial_rate(), b
 
 
 MOVES: dict[str, Move] = {
@@ -166,7 +168,7 @@ def coefficients(
         raise ValueError(f"there is no move {move!r}; the moves are {', '.join(MOVES)}")
     lr = torch.as_tensor(lr, dtype=gram.ww.dtype)
     a, b = MOVES[move](gram, lr, radius)
-    still = (gram.uu == 0) | (gram.ww == 0) | (lr == 0) | ((a == 0) & (b == 0))
+    still = (b == 0) | (torch.minimum(gram.ww, gram.uu) == 0)
     return torch.where(still, 1, a), torch.where(still, 0, b)
 
 

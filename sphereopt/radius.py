@@ -35,15 +35,14 @@ class Travel(NamedTuple):
         gram: Inner products of the *believed* weights and the direction.
         a: Coefficient of the believed weights in the new stored point.
         b: Coefficient of the direction.
-        scale: Believed over stored norm, or 1 where the weights stay; the new stored point is
-            ``a*scale*w + b*u``.
+        keep: Coefficient of the stored weights: the new stored point is ``keep*w + b*u``.
         norm: Believed norm after the step.
     """
 
     gram: Gram
     a: Tensor
     b: Tensor
-    scale: Tensor
+    keep: Tensor
     norm: Tensor
 
 
@@ -101,14 +100,11 @@ def travel(
         >>> travel(gram, 0.5, move="renorm", radius=one, virtual_radius=2 * one).norm
         tensor([2.0616])
     """
-    stored = _root(gram.ww)
     if virtual_radius is None:
         a, b = coefficients(move, gram, lr, radius)
-        return Travel(gram, a, b, torch.ones_like(a), torch.where(b == 0, stored, radius))
-    believed = shrink * virtual_radius
-    scale = _divide(believed, stored)
+        return Travel(gram, a, b, a, radius)
+    scale = _divide(shrink * virtual_radius, _root(gram.ww))
     seen = Gram(scale**2 * gram.ww, scale * gram.wu, gram.uu)
     a, b = coefficients(move, seen, lr, radius)
     # Weights that do not turn stay bitwise what they are, whatever norm they are believed to have.
-    a, scale = torch.where(b == 0, 1, a), torch.where(b == 0, 1, scale)
-    return Travel(seen, a, b, scale, plain_norm(seen, lr))
+    return Travel(seen, a, b, torch.where(b == 0, 1, a * scale), plain_norm(seen, lr))

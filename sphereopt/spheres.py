@@ -1,19 +1,18 @@
-r"""Spheres: which entries of a tensor share one norm, and the sums over them.
+"""Spheres: which entries of a tensor share one norm.
 
 A spec string names the sphere every entry belongs to:
 
-=============  ====================================================  ================================
-spec           one sphere is                                         typical weight
-=============  ====================================================  ================================
-``"tensor"``   the whole tensor                                      a linear layer before LayerNorm
-``"row"``      one index of dim 0                                    conv filters before BatchNorm
-``"col"``      one index of dim 1                                    transposed convolutions
-``"block:K"``  one of K equal runs along dim 0                       attention heads, GroupNorm
-=============  ====================================================  ================================
+=============  ==============================  ================================
+spec           one sphere is                   typical weight
+=============  ==============================  ================================
+``"tensor"``   the whole tensor                a linear layer before LayerNorm
+``"row"``      one index of dim 0              conv filters before BatchNorm
+``"col"``      one index of dim 1              transposed convolutions
+``"block:K"``  one of K equal runs of dim 0    attention heads, GroupNorm
+=============  ==============================  ================================
 
 Everything else in the package sees a tensor through :func:`view`: the same memory with the sphere
-index first, ``(k, ...)``. A sphere that spans several tensors (*joint*: weight and bias before a
-LayerNorm) is a list of such views; its inner products are sums over the list.
+index first, ``(k, ...)``.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sphereopt.moves import Gram
-
-__all__ = ["SphereSpec", "check", "combine", "count", "dot", "gram", "parse", "project", "spread", "view", "views"]
+__all__ = ["SphereSpec", "check", "count", "parse", "view", "views"]
 
 
 class SphereSpec(NamedTuple):
@@ -176,145 +173,3 @@ def views(tensors: Sequence[Tensor], sphere: str) -> list[Tensor]:
     """
     vs = [view(tensor, sphere) for tensor in tensors]
     return [v.flatten(1) for v in vs] if all(v.is_contiguous() for v in vs) else vs
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums run: float32 or wider."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def scalar_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of per-sphere numbers: float64 wherever the device has it."""
-    # One number per sphere costs nothing, and cos(angle) - 1 at 1e-4 rad is below float32.
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    r"""Return :math:`\langle x,y\rangle` per sphere.
-
-    Args:
-        xs: Views ``(k, ...)``, one per member tensor of the sphere.
-        ys: Views of the same shapes.
-
-    Returns:
-        Shape ``(k,)``, float64 where the device has it. Sums run in float32 or wider.
-
-    Notes:
-        A multiply and torch's cascaded sum: ``torch.linalg.vector_norm`` and ``torch.dot`` add
-        serially in float32 on CPUs and are off by 3e-3 and 1e-3 at 4e7 entries, this by 6e-8.
-
-    Example:
-        >>> dot([torch.ones(2, 3)], [torch.full((2, 3), 2.0)])
-        tensor([6., 6.], dtype=torch.float64)
-    """
-    total: Tensor | None = None
-    for x, y in zip(xs, ys, strict=True):
-        dtype = accumulator(x.dtype)
-        part = (x.to(dtype) * y.to(dtype)).sum(dim=tuple(range(1, x.ndim)))
-        part = part.to(scalar_dtype(x.device))
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("a sphere needs at least one member tensor")
-    return total
-
-
-def gram(ws: Sequence[Tensor], us: Sequence[Tensor], ww: Tensor | None = None) -> Gram:
-    """Return the inner products of weights and directions, per sphere.
-
-    Args:
-        ws: Weights as views ``(k, ...)``, one per member tensor.
-        us: Directions, of the same shapes.
-        ww: The squared norm of the weights, if known already.
-
-    Returns:
-        Three tensors of shape ``(k,)``.
-
-    Example:
-        >>> gram([torch.ones(1, 2)], [torch.ones(1, 2)])
-        Gram(ww=tensor([2.], ...), wu=tensor([2.], ...), uu=tensor([2.], ...))
-    """
-    return Gram(dot(ws, ws) if ww is None else ww, dot(ws, us), dot(us, us))
-
-
-def spread(scalars: Tensor, x: Tensor) -> Tensor:
-    """Shape one number per sphere so that it broadcasts over the view x, in the dtype of x."""
-    return scalars.to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
-
-
-def _wide(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Return both in float32 or wider, and the dtype of their sum: coefficients are not rounded."""
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    return x.to(accumulator(dtype)), y.to(accumulator(dtype)), dtype
-
-
-def combine(a: Tensor, xs: Sequence[Tensor], b: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
-    """Return a*x + b*y with one pair of numbers per sphere.
-
-    Args:
-        a: Shape ``(k,)``.
-        xs: Views ``(k, ...)``.
-        b: Shape ``(k,)``.
-        ys: Views of the same shapes.
-
-    Returns:
-        New tensors of the shapes of ``xs``.
-
-    Example:
-        >>> combine(torch.tensor([2.0]), [torch.ones(1, 2)], torch.tensor([3.0]), [torch.ones(1, 2)])
-        [tensor([[5., 5.]])]
-    """
-    wide = [_wide(x, y) for x, y in zip(xs, ys, strict=True)]
-    return [
-        torch.addcmul(spread(a, x) * x, spread(b, y), y).to(dtype) for x, y, dtype in wide
-    ]
-
-
-def project(xs: Sequence[Tensor], ws: Sequence[Tensor], ww: Tensor | None = None) -> list[Tensor]:
-    r"""Return the tangent part :math:`x - \frac{\langle w,x\rangle}{\langle w,w\rangle}w`.
-
-    Args:
-        xs: Views ``(k, ...)``, one per member tensor.
-        ws: Weights, of the same shapes; where they are zero, x is returned as it is.
-        ww: The squared norm of the weights, if known already.
-
-    Returns:
-        New tensors of the shapes of ``xs``.
-
-    Example:
-        >>> project([torch.tensor([[1.0, 1.0]])], [torch.tensor([[2.0, 0.0]])])
-        [tensor([[0., 1.]])]
-    """
-    rate = Gram(dot(ws, ws) if ww is None else ww, wu := dot(ws, xs), wu).radial_rate()
-    wide = [_wide(x, w) for x, w in zip(xs, ws, strict=True)]
-    return [torch.addcmul(x, spread(-rate, w), w).to(dtype) for x, w, dtype in wide]
-
-
-def tangent_form(
-    ws: Sequence[Tensor], us: Sequence[Tensor], gram_of: Gram
-) -> tuple[list[Tensor], Gram]:
-    """Return the tangent part of u formed explicitly, and its Gram with w.
-
-    Args:
-        ws: Weights as views ``(k, ...)``, one per member tensor.
-        us: Directions, of the same shapes.
-        gram_of: Their Gram.
-
-    Returns:
-        New tensors, and a Gram whose ``wu`` is zero. A tangent part that is only the rounding of
-        a radial direction counts as zero.
-
-    Notes:
-        For moves that divide by its norm: ``uu - wu**2/ww`` is noise once |t|/|u| is below the
-        root of the precision, while the vector difference stays good to the precision itself.
-
-    Example:
-        >>> w, u = [torch.tensor([[3.0, 4.0]])], [torch.tensor([[0.3, 0.4]])]
-        >>> tangent_form(w, u, gram(w, u))[1].uu
-        tensor([0.], dtype=torch.float64)
-    """
-    rate = gram_of.radial_rate()
-    ts = combine(torch.ones_like(rate), us, -rate, ws)
-    tt = dot(ts, ts)
-    noise = 4 * torch.finfo(ts[0].dtype).eps
-    tt = torch.where(tt <= noise**2 * gram_of.uu, 0, tt)
-    return ts, Gram(gram_of.ww, torch.zeros_like(tt), tt)

@@ -88,7 +88,9 @@ def test_free_follows_torch_for_300_steps(row: Row, kind: str):
     twin = copy.deepcopy(model)
     data = batches(300, torch.float64)
     groups = so.param_groups(model, SPHERES[kind], decay_norms_and_biases=True)
-    start = {n: norm(p.detach(), g["sphere"]) for g in groups if g["sphere"] for n, p in g["params"]}
+    start = {
+        n: norm(p.detach(), g["sphere"]) for g in groups if g["sphere"] for n, p in g["params"]
+    }
     ours = row.make(groups, radius="free", weight_decay=5e-3)
     train(model, ours, data, 300)
     theirs = row.make_torch(twin.parameters(), weight_decay=5e-3)
@@ -109,7 +111,13 @@ def test_free_follows_torch_for_300_steps(row: Row, kind: str):
             assert (stored.norm(dim=1) / state["radius"] - 1).abs().max() <= 1e-12
             assert (rho / state["radius"] - 1).abs().min() > 1e-4, "the plain norm does move"
             if len(unit) == 1:
-                before = start[next(n for n, p in zip(group["param_names"], group["params"], strict=True) if p is unit[0][0])]
+                before = start[
+                    next(
+                        n
+                        for n, p in zip(group["param_names"], group["params"], strict=True)
+                        if p is unit[0][0]
+                    )
+                ]
                 assert torch.equal(state["radius"], before)
 
 
@@ -125,9 +133,7 @@ def test_free_norm_grows_as_torch_in_float32_at_tiny_angles():
     generator = torch.Generator().manual_seed(1)
     expected = r.square()
     for _ in range(2000):
-        g = so.geometry.tangent(
-            w.detach(), torch.randn(w.shape, generator=generator), "row"
-        )
+        g = so.geometry.tangent(w.detach(), torch.randn(w.shape, generator=generator), "row")
         g *= (1e-6 * r / norm(g, "row")).float()[:, None]
         w.grad = g
         rho = optimizer.state[w].get("virtual_radius", r)

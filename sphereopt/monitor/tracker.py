@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from sphereopt import spheres
+from sphereopt import products, spheres
 from sphereopt.monitor.jsonl import JsonlSink
 from sphereopt.monitor.probes import PROBES
 from sphereopt.moves import _root
-from sphereopt.optim._checks import units
+from sphereopt.optim._checks import parameter_name, units
 from sphereopt.optim.base import Reading, SphereOptimizer
 from sphereopt.radius import Travel
 
@@ -59,8 +59,8 @@ class Tracker:
         >>> with Tracker(optimizer, rows.append):
         ...     layer(torch.ones(1, 3)).square().sum().backward()
         ...     optimizer.step()
-        >>> sorted(rows[0]["parameters"]["group 0, parameter 0"])
-        ['angle', 'count', 'effective_lr', 'lr', 'norm', 'radial_share', 'relative_update', 'sphere']
+        >>> list(rows[0]["parameters"]["group 0, parameter 0"]["angle"])
+        ['mean', 'min', 'q25', 'median', 'q75', 'max']
     """
 
     def __init__(
@@ -112,10 +112,16 @@ class Tracker:
             return
         degree = 1 if isinstance(optimizer, torch.optim.SGD) else 0
         self._before = [
-            _Before(names, group, params, [p.detach().clone() for p in params], degree)
+            _Before(
+                parameter_name(group, index, start, len(params)),
+                group,
+                params,
+                [p.detach().clone() for p in params],
+                degree,
+            )
             for index, group in enumerate(optimizer.param_groups)
             if group.get("sphere") is not None
-            for names, params in units(group, index)
+            for start, params in units(group)
             if any(p.grad is not None for p in params)
         ]
 
@@ -135,7 +141,7 @@ class Tracker:
 class _Before:
     """What another optimizer is about to change."""
 
-    names: list[str]
+    name: str
     group: dict[str, Any]
     params: list[Tensor]
     copies: list[Tensor]
@@ -145,18 +151,15 @@ class _Before:
         """Return the reading of the step from the weights around it, in float64."""
 
         def seen(tensors: list[Tensor]) -> list[Tensor]:
-            dtype = spheres.scalar_dtype(tensors[0].device)
-            return [
-                spheres.view(x.detach(), self.group["sphere"]).to(dtype) for x in tensors
-            ]
+            dtype = products.scalar_dtype(tensors[0].device)
+            return [spheres.view(x.detach(), self.group["sphere"]).to(dtype) for x in tensors]
 
         w, after, lr = seen(self.copies), seen(self.params), float(self.group["lr"])
         u = [(x - y) / lr if lr else torch.zeros_like(x) for x, y in zip(w, after, strict=True)]
-        gram = spheres.gram(w, u)
-        one, norm = torch.ones_like(gram.ww), _root(spheres.dot(after, after))
+        gram = products.gram(w, u)
+        one, norm = torch.ones_like(gram.ww), _root(products.dot(after, after))
         trip = Travel(gram, one, -lr * one, one, norm)
-        name = " + ".join(self.names)
-        return Reading([name], [len(one)], trip, norm, lr, self.group, self.homogeneity)
+        return Reading([self.name], [len(one)], trip, norm, lr, self.group, self.homogeneity)
 
 
 def _reduce(readings: list[Reading]) -> dict[str, Row]:
@@ -165,7 +168,9 @@ def _reduce(readings: list[Reading]) -> dict[str, Row]:
     about: dict[str, Row] = {}
     for reading in readings:
         table = torch.stack([probe(reading) for probe in PROBES.values()])
-        for name, part in zip(reading.names, torch.split(table, reading.counts, dim=1), strict=True):
+        for name, part in zip(
+            reading.names, torch.split(table, reading.counts, dim=1), strict=True
+        ):
             values.setdefault(name, []).append(part)
             about[name] = {"sphere": reading.group["sphere"], "lr": float(reading.lr)}
     tables = {name: torch.cat(parts, dim=1) for name, parts in values.items()}

@@ -1,9 +1,10 @@
 """Slabs: the pieces of work of a step, of a size that suits the machine.
 
-Two axes organize many tensors: *stacking* puts spheres of several small tensors under each other
-(fewer, larger operations), *cutting* takes a large tensor a run of spheres at a time (temporaries
-stay in cache and off the page-fault path). A joint sphere is a list of tensors in either case.
-The step sees a slab and never learns which of these happened.
+Three ways to arrange many tensors: small ones of like shape are *stacked* into one working tensor
+(fewer operations), large ones are *cut* into runs of spheres (temporaries stay in cache), and what
+results is *gathered* into slabs that share the arithmetic of their per-sphere numbers. The members
+of a joint sphere stay together throughout. The step sees lists of tensors and how many of them in
+a row share spheres, and never learns which of these happened.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sphereopt.products import NARROW, accumulator
+
 __all__ = ["Block", "Slab", "slabs"]
 
-# Tensors of at most SMALL entries are stacked, at least STACK of them; larger ones are cut into
-# runs of about LARGE entries. Measured in benchmarks/step_time.py; on a GPU nothing is cut.
-SMALL, STACK, LARGE = 8192, 3, 1 << 19
+# Tensors of at most SMALL entries are stacked, at least STACK of them; a slab has about LARGE
+# entries, the size of its temporaries: cache-resident on a CPU, a bounded extra on a GPU.
+# Chosen with benchmarks/step_time.py.
+SMALL, STACK, LARGE = 8192, 3, {"cpu": 1 << 19}
+ELSEWHERE = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,53 +67,62 @@ class Block:
 
 def _gather(homes: list[Tensor]) -> Tensor:
     """Return one working tensor for several homes: the home itself if it can be worked on."""
-    dtype = torch.promote_types(homes[0].dtype, torch.float32)
-    return homes[0].to(dtype) if len(homes) == 1 else torch.cat([x.to(dtype) for x in homes])
-
-
-def _scatter(work: Tensor, homes: list[Tensor]) -> None:
-    """Write a working tensor back to its homes, rounding once; nothing to do if it is one."""
-    if work is not homes[0]:
-        torch._foreach_copy_(homes, list(torch.split(work, [x.shape[0] for x in homes])))
+    if homes[0].dtype in NARROW:
+        homes = [x.to(accumulator(x.dtype)) for x in homes]
+    return homes[0] if len(homes) == 1 else torch.cat(homes)
 
 
 class Slab:
-    """Blocks that are stepped together: same members, same number of entries per sphere.
+    """Blocks that are stepped together: one dtype, one device, lists of tensors.
 
     Attributes:
-        blocks: Where the numbers live.
-        weights: Working tensors, one per member, ``(k, ...)``, float32 or wider.
+        bunches: Where the numbers live; the blocks of a bunch are stacked into one.
+        members: How many tensors in a row share spheres.
+        weights: Working tensors ``(k, ...)``, float32 or wider.
         grads: Likewise; never written to, they may be the user's own ``.grad``.
         buffers: Likewise, per state key.
-        radius: Shape ``(k,)``.
-        virtual_radius: Shape ``(k,)``, or None.
-        step: How many steps the spheres have made, this one included.
+        steps: For each tensor, how many steps its spheres have made, this one included.
+        radius: Stored norms of all spheres in a row.
+        virtual_radius: Believed norms, or None.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        first = blocks[0]
-        members = range(len(first.weights))
-        self.blocks = blocks
-        self.step = first.step
-        self.weights = [_gather([x.weights[i] for x in blocks]) for i in members]
-        self.grads = [_gather([x.grads[i] for x in blocks]) for i in members]
+    def __init__(self, bunches: Sequence[Sequence[Block]]) -> None:
+        self.bunches = bunches
+        self.members = [len(bunch[0].weights) for bunch in bunches]
+        self._away: list[tuple[Tensor, list[Tensor]]] = []
+        self.weights = self._work([[b.weights for b in bunch] for bunch in bunches])
+        self.grads = self._work([[b.grads for b in bunch] for bunch in bunches], keep=False)
         self.buffers = {
-            key: [_gather([x.buffers[key][i] for x in blocks]) for i in members]
-            for key in first.buffers
+            key: self._work([[b.buffers[key] for b in bunch] for bunch in bunches])
+            for key in bunches[0][0].buffers
         }
-        self.radius = _gather([x.radius for x in blocks])
-        virtual = [x.virtual_radius for x in blocks if x.virtual_radius is not None]
-        self.virtual_radius = _gather(virtual) if virtual else None
+        steps = zip(bunches, self.members, strict=True)
+        self.steps = [bunch[0].step for bunch, m in steps for _ in range(m)]
+        blocks = [block for bunch in bunches for block in bunch]
+        self.radius = _gather([block.radius for block in blocks])
+        virtual = [b.virtual_radius for b in blocks if b.virtual_radius is not None]
+        self.virtual_radius = self._come(virtual) if virtual else None
+
+    def _work(self, bunches: list[list[list[Tensor]]], keep: bool = True) -> list[Tensor]:
+        """Return a working tensor per bunch and member."""
+        take = self._come if keep else _gather
+        return [take(list(homes)) for bunch in bunches for homes in zip(*bunch, strict=True)]
+
+    def _come(self, homes: list[Tensor]) -> Tensor:
+        """Gather, and remember to write back what is a copy."""
+        work = _gather(homes)
+        if work is not homes[0]:
+            self._away.append((work, homes))
+        return work
 
     def write_back(self) -> None:
-        """Bring working copies of weights, buffers and virtual radii back home."""
-        for i in range(len(self.weights)):
-            _scatter(self.weights[i], [x.weights[i] for x in self.blocks])
-            for key, works in self.buffers.items():
-                _scatter(works[i], [x.buffers[key][i] for x in self.blocks])
-        if self.virtual_radius is not None:
-            homes = [x.virtual_radius for x in self.blocks if x.virtual_radius is not None]
-            _scatter(self.virtual_radius, homes)
+        """Bring working copies of weights, buffers and virtual radii back home, rounding once."""
+        for work, homes in self._away:
+            torch._foreach_copy_(homes, list(torch.split(work, [x.shape[0] for x in homes])))
+
+
+def _size(block: Block) -> int:
+    return sum(w.numel() for w in block.weights)
 
 
 def _stackable(block: Block) -> bool:
@@ -116,41 +130,50 @@ def _stackable(block: Block) -> bool:
     return len(block.weights) == 1 and w.ndim == 2 and w.numel() <= SMALL
 
 
-def _pieces(block: Block) -> Iterator[Block]:
-    k = block.radius.shape[0]
-    size = sum(w.numel() for w in block.weights)
-    if block.weights[0].device.type != "cpu" or size <= LARGE or k == 1:
-        yield block
+def _bunches(blocks: Sequence[Block], stack: bool) -> Iterator[list[Block]]:
+    """Yield lists of blocks to stack; a block that is not stacked comes alone."""
+    if not stack:
+        yield from ([block] for block in blocks)
         return
-    rows = max(1, LARGE * k // size)
+    buckets: dict[object, list[Block]] = {}
+    for block in blocks:
+        w = block.weights[0]
+        key = (w.shape[1], w.dtype, w.device, block.step) if _stackable(block) else id(block)
+        buckets.setdefault(key, []).append(block)
+    for bucket in buckets.values():
+        yield from [bucket] if len(bucket) >= STACK else [[block] for block in bucket]
+
+
+def _pieces(block: Block, limit: int) -> Iterator[Block]:
+    """Yield runs of the spheres of a block, of about ``limit`` entries."""
+    k, size = block.radius.shape[0], _size(block)
+    rows = k if size <= limit else max(1, limit * k // size)
     for start in range(0, k, rows):
-        yield block.rows(start, min(k, start + rows))
+        yield block if rows == k else block.rows(start, min(k, start + rows))
 
 
-def slabs(blocks: Sequence[Block], *, stack: bool, cut: bool) -> Iterator[Slab]:
+def slabs(blocks: Sequence[Block], *, stack: bool) -> Iterator[Slab]:
     """Arrange the blocks of a group into slabs; together they hold every block exactly once.
 
     Args:
         blocks: The blocks of one parameter group.
         stack: Put small blocks of like shape under each other.
-        cut: Take large blocks a run of spheres at a time. Only for directions that treat every
-            entry, or every sphere, by itself.
 
     Yields:
         Slabs, in no order that matters.
     """
-    buckets: dict[object, list[Block]] = {}
-    for block in blocks:
-        if stack and _stackable(block):
-            w = block.weights[0]
-            key = (w.shape[1], w.dtype, w.device, block.step)
-            buckets.setdefault(key, []).append(block)
-        else:
-            buckets[id(block)] = [block]
-    for bucket in buckets.values():
-        if len(bucket) >= STACK:
-            yield Slab(bucket)
-            continue
-        for block in bucket:
-            for piece in _pieces(block) if cut else [block]:
-                yield Slab([piece])
+    waiting: dict[object, list[list[Block]]] = {}
+    sizes: dict[object, int] = {}
+    for bunch in _bunches(blocks, stack):
+        w = bunch[0].weights[0]
+        limit, key = LARGE.get(w.device.type, ELSEWHERE), (w.dtype, w.device)
+        parts = [bunch] if len(bunch) > 1 else [[piece] for piece in _pieces(bunch[0], limit)]
+        for part in parts:
+            size = sum(_size(block) for block in part)
+            if sizes.get(key, 0) + size > limit and key in waiting:
+                yield Slab(waiting.pop(key))
+                sizes[key] = 0
+            waiting.setdefault(key, []).append(part)
+            sizes[key] = sizes.get(key, 0) + size
+    for bunches in waiting.values():
+        yield Slab(bunches)

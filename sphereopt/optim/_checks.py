@@ -24,19 +24,21 @@ _NOT_SERVED = ("capturable", "differentiable")
 Group = dict[str, Any]
 
 
-def parameter_name(group: Group, index: int, position: int) -> str:
-    """Return the name of a parameter, or where it stands if the groups carry no names."""
+def parameter_name(group: Group, index: int, position: int, count: int = 1) -> str:
+    """Return the name of a parameter, or of the members of a joint sphere joined by " + ".
+
+    Groups without names give the place of the parameter instead.
+    """
     names = group.get("param_names")
-    return names[position] if names else f"group {index}, parameter {position}"
+    if not names:
+        return f"group {index}, parameter {position}"
+    return names[position] if count == 1 else " + ".join(names[position : position + count])
 
 
-def units(group: Group, index: int) -> list[tuple[list[str], list[Tensor]]]:
-    """Return names and tensors of what has its own spheres: each parameter, or a joint group."""
+def units(group: Group) -> list[tuple[int, list[Tensor]]]:
+    """Return place and tensors of what has its own spheres: each parameter, or a joint group."""
     params = group["params"]
-    names = [parameter_name(group, index, i) for i in range(len(params))]
-    if group.get("joint"):
-        return [(names, list(params))]
-    return [([name], [p]) for name, p in zip(names, params, strict=True)]
+    return [(0, params)] if group.get("joint") else [(i, [p]) for i, p in enumerate(params)]
 
 
 def resolve(group: Group, default_move: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
+from typing_extensions import override
 
 from sphereopt.optim._plain import adam_step
 from sphereopt.optim.base import Group, SphereOptimizer
@@ -117,19 +118,32 @@ class SphereAdam(SphereOptimizer):
         }
         super().__init__(params, defaults)
 
+    @override
     def state_keys(self, group: Group) -> tuple[str, ...]:
         moments = ("exp_avg", "exp_avg_sq")
         return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
 
+    @override
     def decay(self, group: Group) -> tuple[float, float | Tensor]:
         if group["decoupled_weight_decay"]:
             return 0.0, 1 - group["lr"] * group["weight_decay"]
         return group["weight_decay"], 1.0
 
+    @override
     def direction(
-        self, grads: list[Tensor], buffers: dict[str, list[Tensor]], step: int, group: Group
+        self,
+        grads: list[Tensor],
+        buffers: dict[str, list[Tensor]],
+        steps: list[int],
+        group: Group,
     ) -> list[Tensor]:
         zeros = [torch.zeros_like(grad) for grad in grads]
+        device = grads[0].device
+        # The fused kernel walks raw memory: it is wrong, silently, where layouts differ.
+        lists = zip(zeros, grads, *buffers.values(), strict=True)
+        alike = all(len({x.stride() for x in xs}) == 1 for xs in lists)
+        fused = alike and device.type in ("cpu", "cuda")
+        place = device if fused else None
         beta1, beta2 = group["betas"]
         adam(
             zeros,
@@ -137,8 +151,9 @@ class SphereAdam(SphereOptimizer):
             buffers["exp_avg"],
             buffers["exp_avg_sq"],
             buffers.get("max_exp_avg_sq", []),
-            [torch.tensor(step - 1.0) for _ in grads],
+            [torch.full((), step - 1.0, device=place) for step in steps],
             foreach=False,
+            fused=fused,
             amsgrad=group["amsgrad"],
             beta1=beta1,
             beta2=beta2,
@@ -149,7 +164,6 @@ class SphereAdam(SphereOptimizer):
         )
         return zeros
 
-    def plain_step(
-        self, params: list[Tensor], states: list[dict[str, Any]], group: Group
-    ) -> None:
+    @override
+    def plain_step(self, params: list[Tensor], states: list[dict[str, Any]], group: Group) -> None:
         adam_step(params, states, group)

@@ -8,12 +8,12 @@ An optimizer is a *direction* (a subclass of :class:`SphereOptimizer`), a *move*
 3. ``G = gram(w, u)``: three numbers per sphere;
 4. ``a, b = MOVES[move](G, lr, radius)``: two more;
 5. ``w <- a*w + b*u``, in place;
-6. tangent buffers are carried to the new point.
+6. tangent buffers are carried to the new point. ``transport="project"`` does this at the next
+   step, where the buffer is used: the stored buffer is tangent at the point it was made.
 """
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,20 +23,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sphereopt import spheres
+from sphereopt import products
 from sphereopt.geometry import transport_views
-from sphereopt.moves import NORMALIZED, _divide, _root
-from sphereopt.optim._batching import Block, Slab, slabs
-from sphereopt.optim._checks import check_checkpoint, check_group, resolve, units
+from sphereopt.moves import NORMALIZED, Gram, _divide, _root
+from sphereopt.optim._batching import Slab, slabs
+from sphereopt.optim._checks import check_checkpoint, check_group, resolve
+from sphereopt.optim._state import SphereError, blocks
 from sphereopt.radius import Travel, travel
 
 __all__ = ["Reading", "SphereError", "SphereOptimizer"]
 
 Group = dict[str, Any]
-
-
-class SphereError(RuntimeError):
-    """A step that cannot be made: the message names the parameter and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +86,8 @@ class SphereOptimizer(Optimizer, ABC):
     default_move: ClassVar[str] = "retract"
     #: The direction scales like the gradient to this power: 1 for SGD, 0 for Adam.
     homogeneity: ClassVar[int] = 1
+    #: The direction and the buffers are linear in the gradients.
+    linear: ClassVar[bool] = False
     #: A list here makes the next steps append their readings to it; see ``monitor``.
     readings: list[Reading] | None = None
 
@@ -97,14 +96,18 @@ class SphereOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def direction(
-        self, grads: list[Tensor], buffers: dict[str, list[Tensor]], step: int, group: Group
+        self,
+        grads: list[Tensor],
+        buffers: dict[str, list[Tensor]],
+        steps: list[int],
+        group: Group,
     ) -> list[Tensor]:
-        """Return the direction u, one tensor per member; touch nothing but the buffers.
+        """Return the direction u, one tensor per gradient; touch nothing but the buffers.
 
         Args:
-            grads: One ``(k, ...)`` tensor per member of the sphere. Not to be written to.
+            grads: Tensors ``(k, ...)``. Not to be written to.
             buffers: State key to tensors like ``grads``, to be updated in place.
-            step: How many steps these spheres have made, this one included.
+            steps: For each tensor, how many steps it has made, this one included.
             group: Options.
 
         Returns:
@@ -202,122 +205,71 @@ class SphereOptimizer(Optimizer, ABC):
                 continue
             if group["radius"] == "fixed" and group["weight_decay"] != 0:
                 check_group(group, index)  # a scheduler may have set it; this raises
-            for slab in slabs(
-                self._blocks(group, index), stack=group["foreach"] is not False, cut=True
-            ):
+            work = blocks(self.state, group, index, self.state_keys(group))
+            for slab in slabs(work, stack=group["foreach"] is not False):
                 self._step_slab(slab, group)
         return loss
 
-    def _blocks(self, group: Group, index: int) -> list[Block]:
-        """Return what there is to step in a group: a block per parameter, or a joint one."""
-        return [
-            self._block(params, names, group)
-            for names, params in units(group, index)
-            if any(p.grad is not None for p in params) and any(p.numel() for p in params)
-        ]
-
-    def _block(self, params: list[Tensor], names: list[str], group: Group) -> Block:
-        """Return the views of the member tensors of a sphere, creating their state."""
-        keys, first = self.state_keys(group), self.state[params[0]]
-        states = [self.state[p] for p in params]
-        # Another member's gradient may be missing: that one then does not pull.
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        for p, grad, name in zip(params, grads, names, strict=True):
-            if grad.layout != torch.strided:
-                raise SphereError(
-                    f"parameter {name!r} of shape {tuple(p.shape)} has a sparse gradient, and a "
-                    "sphere moves as a whole; use sparse=False or leave it out of the spheres"
-                )
-        if any(key not in state for state in states for key in (*keys, "step", "radius")):
-            self._init_state(params, states, names, group)
-        if group["radius"] == "free" and "virtual_radius" not in first:
-            first["virtual_radius"] = first["radius"].clone()
-        members = []
-        for p, grad, state in zip(params, grads, states, strict=True):
-            state["step"] += 1
-            # Members of a joint sphere share its numbers, also after a checkpoint parted them.
-            state.update({k: first[k] for k in ("radius", "virtual_radius") if k in first})
-            members.append(
-                spheres.views([p.detach(), grad, *(state[key] for key in keys)], group["sphere"])
-            )
-        return Block(
-            " + ".join(names),
-            [m[0] for m in members],
-            [m[1] for m in members],
-            {key: [m[2 + i] for m in members] for i, key in enumerate(keys)},
-            first["radius"],
-            first["virtual_radius"] if group["radius"] == "free" else None,
-            int(first["step"].item()),
-        )
-
-    def _init_state(
-        self, params: list[Tensor], states: list[Group], names: list[str], group: Group
-    ) -> None:
-        """Measure the radius and allocate buffers; what a checkpoint brought along stays."""
-        views = [spheres.view(p.detach(), group["sphere"]) for p in params]
-        radius = _root(spheres.dot(views, views))
-        if any("radius" not in state for state in states) and bool((radius == 0).any()):
-            warnings.warn(
-                f"parameter {names[0]!r} of shape {tuple(params[0].shape)} has "
-                f"{int((radius == 0).sum())} of {radius.numel()} spheres of norm zero: they have "
-                "no direction and will not move; initialize them or use sphere=None for them",
-                stacklevel=4,
-            )
-        for p, state in zip(params, states, strict=True):
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            known = any(state.get(key) is not None for key in self.state_keys(group))
-            state.setdefault("step", torch.tensor(1.0 if known else 0.0))
-            for key in self.state_keys(group):
-                if state.get(key) is None:
-                    state[key] = torch.zeros_like(
-                        p, dtype=dtype, memory_format=torch.preserve_format
-                    )
-            state.setdefault("radius", radius.clone())
-
-    def _gradients(self, slab: Slab, group: Group, ww: Tensor, l2: float) -> list[Tensor]:
+    def _gradients(self, slab: Slab, group: Group, ww: Tensor) -> list[Tensor]:
         """Return gradients as the direction wants them: tangent, plain, or as they are."""
         grads = [-g for g in slab.grads] if group["maximize"] else slab.grads
         if slab.virtual_radius is not None:
             # The gradient at norm rho is that at norm |w| times |w|/rho; L2 pulls at rho*v.
-            norm = _root(ww)
+            norm, (l2, _) = _root(ww), self.decay(group)
             factor = _divide(norm, slab.virtual_radius)
+            if l2 == 0:
+                return products.scale(factor, grads, slab.members)
             pull = l2 * _divide(slab.virtual_radius, norm)
-            return spheres.combine(factor, grads, pull, slab.weights)
-        if group["transport"] != "none":
-            return spheres.project(grads, slab.weights, ww)
+            return products.combine(factor, grads, pull, slab.weights, slab.members)
+        if group["transport"] != "none" and not self.linear:
+            return products.project(grads, slab.weights, ww, slab.members)
         return grads
 
-    def _step_slab(self, slab: Slab, group: Group) -> None:
-        w, lr = slab.weights, group["lr"]
-        l2, shrink = self.decay(group)
-        ww = spheres.dot(w, w)
-        u = self.direction(
-            self._gradients(slab, group, ww, l2), slab.buffers, slab.step, group
-        )
-        gram = spheres.gram(w, u, ww)
+    def _directions(self, slab: Slab, group: Group, ww: Tensor) -> tuple[list[Tensor], Gram]:
+        """Return the direction and its Gram with the weights; make buffers tangent here.
+
+        A buffer that was tangent where the weights came from is carried along by projecting it
+        here, where it is used; a linear direction is projected as a whole, with its gradient.
+        """
+        w, members, tangent = slab.weights, slab.members, group["transport"] != "none"
+        buffers = [slab.buffers[key] for key in self.tangent_buffers if key in slab.buffers]
+        if tangent and not self.linear:
+            for m in buffers:
+                products.tangent_form(w, m, ww, members, inplace=True)
+        u = self.direction(self._gradients(slab, group, ww), slab.buffers, slab.steps, group)
+        if tangent and self.linear:
+            forms = [products.tangent_form(w, m, ww, members, inplace=True) for m in buffers]
+            if forms and u is buffers[0]:
+                return forms[0]
+            return products.tangent_form(w, u, ww, members)
         if group["move"] in NORMALIZED:
-            u, gram = spheres.tangent_form(w, u, gram)
+            return products.tangent_form(w, u, ww, members)
+        return u, products.gram(w, u, ww, members)
+
+    def _step_slab(self, slab: Slab, group: Group) -> None:
+        w, members = slab.weights, slab.members
+        u, gram = self._directions(slab, group, products.dot(w, w, members))
         trip = travel(
             gram,
-            lr,
+            group["lr"],
             move=group["move"],
             radius=slab.radius,
             virtual_radius=slab.virtual_radius,
-            shrink=shrink,
+            shrink=self.decay(group)[1],
         )
-        old = [x.clone() for x in w] if group["transport"] == "parallel" else w
-        for x, direction in zip(w, u, strict=True):
-            x.mul_(spheres.spread(trip.a * trip.scale, x))
-            x.addcmul_(direction, spheres.spread(trip.b, x))
-        if group["transport"] != "none":
-            for key in set(self.tangent_buffers) & slab.buffers.keys():
-                moved = transport_views(slab.buffers[key], old, w, group["transport"])
-                torch._foreach_copy_(slab.buffers[key], moved)
+        eager = group["transport"] in ("parallel", "rescale")
+        old = [x.clone() for x in w] if eager else []
+        torch._foreach_mul_(w, products.spread(trip.keep, w, members))
+        torch._foreach_addcmul_(w, u, products.spread(trip.b, w, members))
+        for key in set(self.tangent_buffers) & slab.buffers.keys() if eager else ():
+            moved = transport_views(slab.buffers[key], old, w, group["transport"], members)
+            torch._foreach_copy_(slab.buffers[key], moved)
         if slab.virtual_radius is not None:
             slab.virtual_radius.copy_(trip.norm)
         slab.write_back()
         if self.readings is not None:
-            names, counts = [x.name for x in slab.blocks], [len(x.radius) for x in slab.blocks]
+            blocks = [block for bunch in slab.bunches for block in bunch]
+            names, counts = [x.name for x in blocks], [len(x.radius) for x in blocks]
             self.readings.append(
-                Reading(names, counts, trip, slab.radius, lr, group, self.homogeneity)
+                Reading(names, counts, trip, slab.radius, group["lr"], group, self.homogeneity)
             )

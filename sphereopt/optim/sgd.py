@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import override
 
 from sphereopt.optim._plain import sgd_step
 from sphereopt.optim.base import Group, SphereOptimizer
@@ -73,6 +75,7 @@ class SphereSGD(SphereOptimizer):
     """
 
     tangent_buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    linear: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -110,27 +113,36 @@ class SphereSGD(SphereOptimizer):
         }
         super().__init__(params, defaults)
 
+    @override
     def state_keys(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
+    @override
     def decay(self, group: Group) -> tuple[float, float]:
         return group["weight_decay"], 1.0
 
+    @override
     def direction(
-        self, grads: list[Tensor], buffers: dict[str, list[Tensor]], step: int, group: Group
+        self,
+        grads: list[Tensor],
+        buffers: dict[str, list[Tensor]],
+        steps: list[int],
+        group: Group,
     ) -> list[Tensor]:
         momentum: float = group["momentum"]
         if momentum == 0:
             return grads
-        fresh = 1.0 if step == 1 else 1 - group["dampening"]
-        for buffer, grad in zip(buffers["momentum_buffer"], grads, strict=True):
-            buffer.mul_(momentum).add_(grad, alpha=fresh)
-        if not group["nesterov"]:
-            return buffers["momentum_buffer"]
-        pairs = zip(grads, buffers["momentum_buffer"], strict=True)
-        return [grad.add(buffer, alpha=momentum) for grad, buffer in pairs]
+        ms = buffers["momentum_buffer"]
+        torch._foreach_mul_(ms, momentum)
+        if group["dampening"] == 0:
+            torch._foreach_add_(ms, grads)
+        else:
+            for m, grad, step in zip(ms, grads, steps, strict=True):
+                m.add_(grad, alpha=1.0 if step == 1 else 1 - group["dampening"])
+        if group["nesterov"]:
+            return list(torch._foreach_add(grads, ms, alpha=momentum))
+        return ms
 
-    def plain_step(
-        self, params: list[Tensor], states: list[dict[str, Any]], group: Group
-    ) -> None:
+    @override
+    def plain_step(self, params: list[Tensor], states: list[dict[str, Any]], group: Group) -> None:
         sgd_step(params, states, group)

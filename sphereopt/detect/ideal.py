@@ -1,0 +1,133 @@
+"""Arithmetic in which scale invariance is exact: normalization eps -> 0, float64 throughout.
+
+With a real eps no weight is exactly invariant, only ``f(c*w; c**2*eps) = f(w; eps)`` holds. So the
+question "does the norm of this weight carry function" is decided in the limit eps -> 0, by a tiny
+eps rather than zero: constant channels and padding tokens have variance 0, and 0/0 would be NaN.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  torch's own documentation calls it F
+from torch.overrides import TorchFunctionMode
+
+TINY_EPS = 1e-30
+# The largest constant taken for an eps: TensorFlow-style BatchNorm uses 1e-3.
+LARGEST_EPS = 1.1e-3
+
+_EPS_NAME = re.compile(r"(^|_)(eps|epsilon)(_|$|\d)")
+_LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+
+_NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm, F.normalize)
+# Position of the eps argument; the built-in functions have no signature to ask.
+_EPS_POSITION: dict[Any, int] = {
+    **{f: list(inspect.signature(f).parameters).index("eps") for f in _NORMS},
+    torch.cosine_similarity: 3,
+    torch.batch_norm: 7,
+    torch.instance_norm: 7,
+    torch.layer_norm: 4,
+    torch.group_norm: 4,
+    torch.rms_norm: 3,
+    torch.native_layer_norm: 4,
+    torch.native_batch_norm: 7,
+    torch.native_group_norm: 7,
+}
+_ADDITIONS = {torch.add, Tensor.add, Tensor.add_}
+_CLAMPS = {
+    torch.clamp,
+    torch.clamp_min,
+    torch.clip,
+    Tensor.clamp,
+    Tensor.clamp_,
+    Tensor.clamp_min,
+    Tensor.clamp_min_,
+    Tensor.clip,
+    Tensor.clip_,
+}
+_DOWN_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+_CASTS = {Tensor.to, Tensor.type}
+
+
+def is_eps(value: object) -> bool:
+    """Return whether a Python number looks like a normalization eps."""
+    return isinstance(value, float) and 0 < value <= LARGEST_EPS
+
+
+def eps_attributes(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """Return (module, attribute name, value) of every float attribute that is named like an eps."""
+    return [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if _EPS_NAME.search(name) and is_eps(value)
+    ]
+
+
+@final
+class IdealArithmetic(TorchFunctionMode):
+    """Inside this context torch functions keep float64 and, if asked to, see a tiny eps.
+
+    Args:
+        eps: replaces the eps of every normalization; ``None`` leaves each its own.
+        twins: ``id`` of a tensor -> the tensor to use in its place. A loss that closes over the
+            model (an L2 term, say) then sees the float64 copy's parameters, not the user's.
+    """
+
+    def __init__(self, eps: float | None, twins: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._eps = eps
+        self._twins = twins
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        args = tuple(self._twin(arg) for arg in args)
+        named = {key: self._twin(value) for key, value in (kwargs or {}).items()}
+        if self._eps is not None:
+            args, named = _with_eps(func, args, named, self._eps)
+        if func in _DOWN_CASTS:
+            return args[0].to(torch.float64)
+        if func in _CASTS:
+            args = tuple(_wide(arg) for arg in args)
+        if "dtype" in named:
+            named["dtype"] = _wide(named["dtype"])
+        return func(*args, **named)
+
+    def _twin(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._twins.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(self._twin(item) for item in value)
+        return value
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value in _LOW_PRECISION and isinstance(value, torch.dtype) else value
+
+
+def _with_eps(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], eps: float
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if func in _EPS_POSITION:
+        at = _EPS_POSITION[func]
+        if len(args) > at:
+            return (*args[:at], eps, *args[at + 1 :]), kwargs
+        return args, {**kwargs, "eps": eps}
+    # Hand-written layers: rsqrt(var + 1e-6) and norm.clamp(min=1e-12).
+    key = "other" if func in _ADDITIONS else "min" if func in _CLAMPS else None
+    if key is not None:
+        if len(args) > 1 and is_eps(args[1]):
+            args = (args[0], eps, *args[2:])
+        if is_eps(kwargs.get(key)):
+            kwargs = {**kwargs, key: eps}
+    return args, kwargs

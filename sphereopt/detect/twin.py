@@ -1,0 +1,285 @@
+"""A float64 copy of the model on which detection may do what it likes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .ideal import TINY_EPS, IdealArithmetic, eps_attributes
+
+Choose = Callable[[Any], Any]
+# The function of a model that returns several things, most specific first.
+_OUTPUT_KEYS = ("loss", "logits", "last_hidden_state")
+# Dropout keeps at least half: a head with p=0.999 would blank the network for the probe.
+_MOST_DROPOUT = 0.5
+
+
+class NotFiniteError(ValueError):
+    """The outputs contain inf or NaN."""
+
+
+@final
+class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm without the check of the input's dimension, in the place of SyncBatchNorm."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        del input
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Put every random number generator back as it was found: torch, its devices, random, numpy."""
+    cpu = torch.get_rng_state()
+    devices = [(backend, backend.get_rng_state_all()) for backend in _backends()]
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  models use the legacy one
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        for backend, states in devices:
+            backend.set_rng_state_all(states)
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+
+
+def _backends() -> list[Any]:
+    # A device that is not in use stays so: asking for its state would start it, and so
+    # torch.manual_seed, which leaves a seed behind for the day it starts, is not called either.
+    backends: list[Any] = [torch.cuda, torch.xpu]
+    return [backend for backend in backends if backend.is_initialized()]
+
+
+def _seed_all(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    for backend in _backends():
+        backend.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  models use the legacy generator
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile, DataParallel and DistributedDataParallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@final
+class Twin:
+    """The float64 copy, the inputs, and what counts as the function.
+
+    Args:
+        model: the unwrapped model; it is read, never written.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        choose: maps the model's output to the tensors that count as the function, or ``None``.
+
+    Attributes:
+        module: the copy; every floating-point parameter requires grad.
+        params: its distinct floating-point parameters by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        choose: Choose | None,
+    ) -> None:
+        _check_parameters(model)
+        self.module = _copied(model)
+        self.params = {n: p for n, p in self.module.named_parameters() if p.is_floating_point()}
+        for p in self.params.values():
+            p.requires_grad_(True)
+        self._source = {n: p for n, p in model.named_parameters() if n in self.params}
+        self._twins = {id(self._source[n]): p for n, p in self.params.items()}
+        self._inputs = pytree.tree_map_only(Tensor, _detached, (tuple(args), dict(kwargs)))
+        # A loss module may hold class weights, which must be float64 as well.
+        self._choose = copy.deepcopy(choose).double() if isinstance(choose, nn.Module) else choose
+        self._eps = eps_attributes(self.module)
+        self._dropouts = [
+            m
+            for m in self.module.modules()
+            if isinstance(m, nn.modules.dropout._DropoutNd) and m.training
+        ]
+        for dropout in self._dropouts:
+            dropout.p = min(dropout.p, _MOST_DROPOUT)
+        self._buffers = [
+            (module, name, buffer.clone())
+            for module in self.module.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def place(
+        self, seed: int | None, spread: float = 0.1, names: Iterable[str] | None = None
+    ) -> None:
+        """Set parameters to the user's weights (``seed=None``) or to a generic point near them.
+
+        Zero-initialised gains, gates, heads and biases fake invariance at a real initialization. A
+        point drawn from a density around it does not, with probability 1: the noise is ``spread``
+        times the tensor's rms or its natural size (1 or fan_in**-0.5), whichever is larger.
+        """
+        for name in self.params if names is None else names:
+            w = self._source[name].detach().to(torch.float64, copy=True)
+            if seed is not None and w.numel():
+                # Seeded by name, so that one parameter can be put back without drawing the others.
+                gen = torch.Generator().manual_seed(hash_seed(seed, name))
+                # Uniform float32 with unit variance: any density does, and this is the cheapest.
+                noise = torch.empty(w.shape, dtype=torch.float32)
+                noise.uniform_(-(3**0.5), 3**0.5, generator=gen)
+                natural = (w.numel() / w.shape[0]) ** -0.5 if w.ndim > 1 else 1.0
+                rms = float(w.norm()) / w.numel() ** 0.5
+                w.add_(noise.to(w.device), alpha=spread * max(rms, natural))
+            with torch.no_grad():
+                self.params[name].copy_(w)
+
+    @contextmanager
+    def session(self, seed: int, *, eps: float | None, dropout: bool = False) -> Iterator[None]:
+        """Enter the conditions of one forward and its backward: fresh buffers, RNG, arithmetic.
+
+        Args:
+            seed: for whatever randomness the model has; equal seeds make runs comparable.
+            eps: the normalization eps, or ``None`` for the model's own.
+            dropout: whether dropout modules drop.
+        """
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer.clone()
+        for module, name, value in self._eps:
+            setattr(module, name, value if eps is None else TINY_EPS)
+        for module in self._dropouts:
+            module.train(dropout)
+        _seed_all(seed)
+        with ExitStack() as stack:
+            stack.enter_context(_default_float64())
+            for device in {p.device.type for p in self.params.values()}:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # Backward on other threads would miss the mode below (activation checkpointing).
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(IdealArithmetic(eps, self._twins))
+            yield
+
+    def outputs(self) -> list[Tensor]:
+        """Run the copy once, inside a ``session``, and return the tensors that count."""
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, self._inputs)
+        try:
+            out = self.module(*args, **kwargs)
+            chosen = _default_choice(out) if self._choose is None else self._choose(out)
+        except (RuntimeError, ValueError, TypeError) as error:
+            if "Expected more than 1" in str(error):
+                raise ValueError(
+                    "the example input gives a normalization layer one value per channel, so there "
+                    f"is no variance to divide by ({error}); pass a larger example batch"
+                ) from error
+            error.add_note("raised while running a float64 copy of the model in find_spheres")
+            raise
+        tensors = [t for t in pytree.tree_leaves(chosen) if isinstance(t, Tensor)]
+        tensors = [t for t in tensors if t.is_floating_point()]
+        if not tensors:
+            raise ValueError(
+                f"the model's output ({type(out).__name__}) has no floating-point tensor; pass "
+                "output=, a function that selects the tensors that count"
+            )
+        if not all(bool(t.isfinite().all()) for t in tensors):
+            raise NotFiniteError("the model's outputs contain inf or NaN on the example input")
+        return tensors
+
+
+def hash_seed(seed: int, name: str) -> int:
+    """Return a seed that is a fixed function of both arguments (``hash(str)`` is not)."""
+    value = seed % 2**31
+    for byte in name.encode():
+        value = (value * 1_000_003 + byte + 1) % (2**61 - 1)
+    return value
+
+
+@contextmanager
+def _default_float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _detached(t: Tensor) -> Tensor:
+    return t.detach().to(torch.float64) if t.is_floating_point() else t.detach()
+
+
+def _default_choice(out: Any) -> Any:
+    if dataclasses.is_dataclass(out) and not isinstance(out, type | Mapping):
+        out = {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
+    if isinstance(out, Mapping):
+        for key in _OUTPUT_KEYS:
+            if out.get(key) is not None:
+                return out[key]
+        return dict(out)
+    return out
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if nn.parameter.is_lazy(p):
+            raise ValueError(
+                f"parameter {name!r} is not initialized; run the model once before find_spheres"
+            )
+        if p.is_meta:
+            raise ValueError(f"parameter {name!r} is on the meta device; give it values first")
+        if hasattr(p, "placements") and hasattr(p, "device_mesh"):
+            raise ValueError(
+                f"parameter {name!r} is sharded (DTensor); call find_spheres before the model is "
+                "wrapped or parallelized, the names in the report carry over"
+            )
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "the model is wrapped in FullyShardedDataParallel; call find_spheres before "
+                "wrapping, the names in the report carry over"
+            )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    # Tensors computed by an earlier forward (the older weight_norm keeps its weight) refuse to be
+    # copied; the next forward computes them again.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        twin = copy.deepcopy(model, memo).double()
+    except Exception as error:
+        raise TypeError(
+            "find_spheres works on a float64 deep copy, and copying "
+            f"{type(model).__name__} failed: {error}"
+        ) from error
+    if not model.training:
+        # Mode is the user's where it says something: a norm in eval() inside a model in train() is
+        # frozen on purpose. A model that is in eval() as a whole says only that it is not training.
+        twin.train()
+    for module in twin.modules():
+        module._compiled_call_impl = None
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = _AnyBatchNorm  # type: ignore[assignment]
+        for name, value in list(vars(module).items()):  # tensors that are not registered as buffers
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.to(torch.float64))
+    return twin

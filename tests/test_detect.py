@@ -1,0 +1,813 @@
+"""find_spheres against brute force: single spheres scaled one by one, by code of its own."""
+
+import copy
+import json
+import random
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from sphereopt.detect import SphereReport, find_spheres
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """A module from a function of (self, inputs) and named parts."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+class UpcastRMS(nn.Module):
+    """As in Llama: computes in float32 whatever the input."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+        self.tiny = (
+            1e-6  # a name that says nothing: only the addition itself shows that it is an eps
+        )
+        self.upcast = torch.float32
+
+    def forward(self, x):
+        h = x.to(self.upcast)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.tiny)
+        return self.weight * h.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.qn, self.kn = (nn.RMSNorm(4), nn.RMSNorm(4)) if norm else (nn.Identity(),) * 2
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self.qn(q), self.kn(k), v)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def head(n):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, 2))
+
+
+def seq(*parts):
+    return nn.Sequential(*parts)
+
+
+def conv(i=3, o=6, k=3, bias=False, **kw):
+    return nn.Conv2d(i, o, k, bias=bias, **kw)
+
+
+def image(channels=3):
+    return torch.randn(4, channels, 7, 7)
+
+
+def rows():
+    return torch.randn(8, 8)
+
+
+def tokens():
+    return torch.randn(3, 5, 8)
+
+
+def frozen_bn():
+    model = seq(conv(), nn.BatchNorm2d(6), nn.ReLU(), head(6))
+    model[1].eval()
+    return model
+
+
+def residual(zero_gain):
+    def forward(s, x):
+        return s.h(F.relu(x + s.b2(s.c2(F.relu(s.b1(s.c1(x)))))))
+
+    c1, c2 = (conv(4, 4, padding=1) for _ in range(2))
+    model = Net(forward, c1=c1, b1=nn.BatchNorm2d(4), c2=c2, b2=nn.BatchNorm2d(4), h=head(4))
+    if zero_gain:
+        nn.init.zeros_(model.b2.weight)
+    return model
+
+
+def standardized():
+    def forward(s, x):
+        mean = s.w.mean((1, 2, 3), keepdim=True)
+        var = s.w.var((1, 2, 3), keepdim=True)
+        return s.h(F.relu(F.conv2d(x, (s.w - mean) * torch.rsqrt(var + s.tiny))))
+
+    return Net(forward, w=nn.Parameter(torch.randn(6, 3, 3, 3)), h=head(6), tiny=1e-6)
+
+
+def manual_bn():
+    def forward(s, x):
+        y = s.f(x)
+        return s.h(torch.tanh((y - y.mean(0)) / (y.std(0) + s.tiny)))
+
+    return Net(forward, f=nn.Linear(8, 6), h=nn.Linear(6, 2), tiny=1e-5)
+
+
+def tied_convs():
+    c = conv(4, 4, padding=1)
+    return seq(c, nn.BatchNorm2d(4), nn.ReLU(), c, nn.BatchNorm2d(4), nn.ReLU(), head(4))
+
+
+def tied_autoencoder():
+    def forward(s, x):
+        return F.linear(F.relu(s.bn(F.linear(x, s.w))), s.w.t())
+
+    return Net(forward, w=nn.Parameter(torch.randn(6, 8)), bn=nn.BatchNorm1d(6))
+
+
+def transformer():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, 2, nn.LayerNorm(8), enable_nested_tensor=False)
+
+
+def swiglu():
+    def forward(s, x):
+        return s.h(x + s.n(s.down(F.silu(s.gate(x)) * s.up(x))))
+
+    lin = {n: nn.Linear(8, 12, bias=False) for n in ("gate", "up")}
+    return Net(forward, **lin, down=nn.Linear(12, 8, bias=False), n=UpcastRMS(8), h=nn.Linear(8, 2))
+
+
+def lora():
+    def forward(s, x):
+        return s.h(F.gelu(s.base(x) + s.b(s.a(x))))
+
+    parts = {"base": nn.Linear(8, 8), "a": nn.Linear(8, 2), "b": nn.Linear(2, 8, bias=False)}
+    nn.init.zeros_(parts["b"].weight)
+    return Net(forward, **parts, h=nn.Linear(8, 2))
+
+
+def layerscale():
+    def forward(s, x):
+        return s.h(s.n(x + s.g * s.f(x)))
+
+    gain = nn.Parameter(1e-6 * torch.ones(8))
+    return Net(forward, f=nn.Linear(8, 8), g=gain, n=nn.LayerNorm(8), h=nn.Linear(8, 2))
+
+
+def cosine_head():
+    def forward(s, x):
+        x, w = F.normalize(s.f(x), eps=s.eps), F.normalize(s.w, eps=s.eps)
+        return s.scale * F.linear(x, w)
+
+    f, w = nn.Linear(8, 6, bias=False), nn.Parameter(torch.randn(3, 6))
+    return Net(forward, f=f, w=w, scale=nn.Parameter(torch.tensor(10.0)), eps=1e-12)
+
+
+def tapped():
+    def forward(s, x):
+        y = s.c(x)
+        return s.h(F.relu(s.bn(y))), {"tap": y.mean((2, 3))}
+
+    return Net(forward, c=conv(), bn=nn.BatchNorm2d(6), h=head(6))
+
+
+def concat():
+    def forward(s, x):
+        return s.h(F.relu(s.bn(torch.cat([s.a(x), s.b(x)], 1))))
+
+    return Net(forward, a=conv(o=4), b=conv(o=2), bn=nn.BatchNorm2d(6), h=head(6))
+
+
+def conv_norm(*parts, bias=False, n=6):
+    return seq(conv(bias=bias, o=n), *parts, head(n))
+
+
+def lin_norm(*parts, bias=False):
+    return seq(nn.Linear(8, 6, bias=bias), *parts, nn.Linear(6, 2))
+
+
+BN, BN1, LN = nn.BatchNorm2d, nn.BatchNorm1d, nn.LayerNorm
+
+# name: (model, input, the parameters on spheres; every other parameter has none)
+CASES = {
+    "conv_bn": (lambda: conv_norm(BN(6), nn.ReLU()), image, {"0.weight": "row"}),
+    "conv_bias_bn": (lambda: conv_norm(BN(6), nn.ReLU(), bias=True), image, {"0.weight": "row"}),
+    "conv_frozen_bn": (frozen_bn, image, {}),
+    "conv_relu_bn": (lambda: conv_norm(nn.ReLU(), BN(6)), image, {"0.weight": "row"}),
+    "conv_bias_relu_bn": (lambda: conv_norm(nn.ReLU(), BN(6), bias=True), image, {}),
+    "conv_silu_bn": (lambda: conv_norm(nn.SiLU(), BN(6)), image, {}),
+    "conv_bias_maxpool_bn": (
+        lambda: conv_norm(nn.MaxPool2d(2), BN(6), bias=True),
+        image,
+        {"0.weight": "row"},
+    ),
+    "conv_prelu_pool_bn": (
+        lambda: conv_norm(nn.PReLU(6), nn.AvgPool2d(2), BN(6)),
+        image,
+        {"0.weight": "row"},
+    ),
+    "conv_relu6_bn": (lambda: conv_norm(nn.ReLU6(), BN(6)), image, {}),
+    "conv_hardtanh_in": (
+        lambda: conv_norm(nn.Hardtanh(-9, 9), nn.InstanceNorm2d(6), nn.ReLU()),
+        image,
+        {},
+    ),
+    "conv_in": (
+        lambda: conv_norm(nn.InstanceNorm2d(6), nn.ReLU(), bias=True),
+        image,
+        {"0.weight": "row"},
+    ),
+    "conv_gn": (lambda: conv_norm(nn.GroupNorm(2, 8), n=8), image, {"0.weight": "block:2"}),
+    "conv_bias_gn": (lambda: conv_norm(nn.GroupNorm(2, 8), bias=True, n=8), image, {}),
+    "shuffle_gn": (
+        lambda: conv_norm(nn.ChannelShuffle(4), nn.GroupNorm(2, 8), n=8),
+        image,
+        {"0.weight": "tensor"},
+    ),
+    "depthwise_bn": (
+        lambda: seq(conv(6, 6, groups=6), BN(6), nn.ReLU6(), head(6)),
+        lambda: image(6),
+        {"0.weight": "row"},
+    ),
+    "depthwise_pointwise_bn": (
+        lambda: seq(conv(6, 6, groups=6), conv(6, 4, 1), BN(4), head(4)),
+        lambda: image(6),
+        {"0.weight": "tensor", "1.weight": "row"},
+    ),
+    "depthwise_1x1_gn": (  # a row has one entry
+        lambda: seq(conv(6, 6, 1, groups=6), nn.GroupNorm(2, 6), nn.ReLU(), head(6)),
+        lambda: image(6),
+        {"0.weight": "block:2"},
+    ),
+    "linear_chain_bn": (  # its biases cost digits when all of it is scaled by 1e-3
+        lambda: seq(
+            conv(3, 4, 2), conv(4, 4, 2, True), conv(4, 4, 2, True), BN(4), nn.ReLU(), head(4)
+        ),
+        image,
+        {"0.weight": "tensor", "1.weight": "tensor", "2.weight": "row"},
+    ),
+    "grouped_bn": (
+        lambda: seq(conv(6, 8, groups=2), BN(8), nn.ReLU(), head(8)),
+        lambda: image(6),
+        {"0.weight": "row"},
+    ),
+    "transposed_bn": (
+        lambda: seq(nn.ConvTranspose2d(3, 6, 3, bias=False), BN(6), nn.ReLU(), head(6)),
+        image,
+        {"0.weight": "col"},
+    ),
+    "residual_bn": (
+        lambda: residual(False),
+        lambda: image(4),
+        {"c1.weight": "row", "c2.weight": "row"},
+    ),
+    "zero_gain": (
+        lambda: residual(True),
+        lambda: image(4),
+        {"c1.weight": "row", "c2.weight": "row"},
+    ),
+    "sync_bn": (
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(conv_norm(BN(6), nn.ReLU())),
+        image,
+        {"0.weight": "row"},
+    ),
+    "linear_bn": (lambda: lin_norm(BN1(6), nn.ReLU(), bias=True), rows, {"0.weight": "row"}),
+    "linear_ln": (lambda: lin_norm(LN(6), nn.GELU()), rows, {"0.weight": "tensor"}),
+    "linear_bias_ln": (lambda: lin_norm(LN(6), nn.GELU(), bias=True), rows, {}),
+    "linear_zero_bias_ln": (
+        lambda: nn.init.zeros_((m := lin_norm(LN(6), bias=True))[0].bias) is None or m,
+        rows,
+        {},
+    ),
+    "linear_gelu_ln": (lambda: lin_norm(nn.GELU(), LN(6)), rows, {}),
+    "linear_rms": (lambda: lin_norm(nn.RMSNorm(6), nn.GELU()), rows, {"0.weight": "tensor"}),
+    "linear_upcast_rms": (lambda: lin_norm(UpcastRMS(6), nn.GELU()), rows, {"0.weight": "tensor"}),
+    "tiny_linear_ln": (
+        lambda: (m := lin_norm(LN(6), nn.GELU()))[0].weight.data.mul_(1e-4) is None or m,
+        rows,
+        {"0.weight": "tensor"},
+    ),
+    "dropout_ln": (lambda: lin_norm(nn.Dropout(0.3), LN(6)), rows, {"0.weight": "tensor"}),
+    "bias_dropout_bn": (lambda: lin_norm(nn.Dropout(0.3), BN1(6), bias=True), rows, {}),
+    "mlp_bn": (
+        lambda: seq(
+            *(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 5), BN1(5), nn.Tanh()),
+            nn.Linear(5, 2),
+        ),
+        rows,
+        {"0.weight": "tensor", "2.weight": "row"},
+    ),
+    "manual_bn": (manual_bn, rows, {"f.weight": "row"}),
+    "attention": (lambda: Attention(norm=False), tokens, {}),
+    "qk_norm": (
+        lambda: Attention(norm=True),
+        tokens,
+        {"q.weight": "block:2", "k.weight": "block:2"},
+    ),
+    "pre_norm_transformer": (transformer, tokens, {}),
+    "swiglu_rms": (swiglu, tokens, {"up.weight": "tensor", "down.weight": "tensor"}),
+    "lora": (lora, rows, {}),
+    "layerscale": (layerscale, rows, {}),
+    "cosine_head": (cosine_head, rows, {"f.weight": "tensor", "w": "row"}),
+    "weight_norm": (
+        lambda: seq(parametrizations.weight_norm(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 2)),
+        rows,
+        {"0.parametrizations.weight.original1": "row"},
+    ),
+    "spectral_norm": (
+        lambda: seq(parametrizations.spectral_norm(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 2)),
+        rows,
+        {"0.parametrizations.weight.original": "tensor"},
+    ),
+    "weight_standardized": (standardized, image, {"w": "row"}),
+    "tied_two_bns": (tied_convs, lambda: image(4), {"0.weight": "row"}),
+    "tied_autoencoder": (tied_autoencoder, rows, {}),
+    "embedding_ln": (
+        lambda: seq(nn.Embedding(6, 8), LN(8), nn.Linear(8, 3)),
+        lambda: torch.arange(12).reshape(3, 4) % 6,
+        {"0.weight": "row"},
+    ),
+    "tapped_conv": (tapped, image, {}),
+    "concat_bn": (concat, image, {"a.weight": "row", "b.weight": "row"}),
+}
+
+
+def brute_force(model, x):
+    """Label every matrix by scaling each sphere of each partition alone, one after the other."""
+    twin = copy.deepcopy(model).double()
+    for module in twin.modules():
+        for name in ("eps", "tiny"):
+            if hasattr(module, name):
+                setattr(module, name, 1e-30)
+        if hasattr(module, "upcast"):
+            module.upcast = torch.float64
+        if isinstance(module, nn.Dropout):
+            module.train()
+    x = x.double() if x.is_floating_point() else x
+    twin.requires_grad_(False)
+    for p in twin.parameters():
+        p += 0.2 * torch.randn_like(p)
+    state = {name: b.clone() for name, b in twin.named_buffers()}
+
+    def outputs():
+        torch.manual_seed(5)
+        for name, b in twin.named_buffers():
+            b.copy_(state[name])
+        out = twin(x)
+        return torch.cat(
+            [t.flatten() for t in ([out[0], out[1]["tap"]] if type(out) is tuple else [out])]
+        )
+
+    reference = outputs()
+
+    def invariant(block, factors=(0.5, 2.0, 1e3)):
+        before = block.clone()
+        change = 0.0
+        for factor in factors:
+            block.copy_(factor * before)
+            change = max(change, float((outputs() - reference).abs().max()))
+            block.copy_(before)
+        # Rounding stays below 1e-12 here; the least a wrong sphere of these models does is 1e-6.
+        return change < 1e-10 * float(reference.abs().max())
+
+    def label(p):
+        n = p.shape[0]
+        yield "row", p.split(1, 0)
+        if p.shape[1] > 1:
+            yield "col", p.split(1, 1)
+        for k in range(n - 1, 1, -1):
+            if n % k == 0:
+                yield f"block:{k}", p.chunk(k, 0)
+        yield "tensor", (p,)
+
+    found = {}
+    for name, p in twin.named_parameters():
+        for spec, blocks in label(p) if p.ndim > 1 else ():
+            if blocks[0].numel() > 1 and all(invariant(b) for b in blocks):
+                found[name] = spec
+                break
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_labels_are_the_brute_force_ones(name):
+    build, data, expected = CASES[name]
+    model, x = build(), data()
+    report = find_spheres(model, x)
+    assert report.spheres == expected, str(report)
+    assert brute_force(model, x) == expected
+    for found in report.spheres:
+        evidence = report[found].evidence
+        assert evidence.euler < 1e-12  # observed 1e-15 and less; the tolerance is 1e-8
+        assert evidence.rescaling < 1e-11
+        assert evidence.probes == 3
+        assert evidence.kind == "numerical"
+
+
+def test_eval_model_is_analysed_as_a_training_model():
+    model, x = conv_norm(BN(6), nn.ReLU()), image()
+    trained = find_spheres(model, x)
+    assert find_spheres(model.eval(), x) == trained
+    assert not any(m.training for m in model.modules())
+
+
+def fingerprint(model):
+    return [
+        [(n, id(p), p.dtype, p.requires_grad, p.tolist()) for n, p in model.named_parameters()],
+        [(n, id(b), b.dtype, b.tolist()) for n, b in model.named_buffers()],
+        [(n, m.training, getattr(m, "eps", None)) for n, m in model.named_modules()],
+        [None if p.grad is None else (id(p.grad), p.grad.tolist()) for p in model.parameters()],
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),  # noqa: NPY002
+        (torch.get_default_dtype(), torch.is_grad_enabled()),
+    ]
+
+
+def test_model_and_generators_are_untouched():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.rand(()) * random.random() * np.random.rand()  # noqa: NPY002
+
+    model = seq(conv(), BN(6), nn.ReLU(), nn.Dropout(0.5), Noisy(), head(6))
+    x = image()
+    model(x).sum().backward()
+    model[0].weight.grad = None
+    model[1].weight.requires_grad_(False)
+    model[3].eval()
+    copied, before = x.clone(), fingerprint(model)
+    with torch.no_grad():
+        report = find_spheres(model, x)
+    assert fingerprint(model) == before
+    assert torch.equal(x, copied)
+    assert report.spheres == {"0.weight": "row"}
+
+
+def test_in_place_forward_and_inference_mode():
+    def forward(s, x):
+        return s.f(x.mul_(2)).relu_()
+
+    model = Net(forward, f=lin_norm(BN1(6)))
+    x = rows()
+    before = x.clone()
+    with torch.inference_mode():
+        assert find_spheres(model, x).spheres == {"f.0.weight": "row"}
+    assert torch.equal(x, before)
+
+
+def test_frozen_parameters_are_found_too():
+    model = conv_norm(BN(6), nn.ReLU()).requires_grad_(False)
+    assert find_spheres(model, image()).spheres == {"0.weight": "row"}
+
+
+def test_deterministic_in_the_seed():
+    model, x = conv_norm(nn.GroupNorm(2, 8), nn.ReLU(), n=8), image()
+    first = find_spheres(model, x, seed=1)
+    torch.manual_seed(99)  # the state of the outside generators does not matter
+    assert find_spheres(model, x, seed=1) == first
+    other = find_spheres(model, x, seed=2)
+    assert other != first
+    assert other.spheres == first.spheres
+
+
+def test_real_eps_grows_as_weights_shrink():
+    torch.manual_seed(1)
+    x, w = torch.randn(64, 8), torch.randn(6, 8) / 8**0.5
+    measured = []
+    for scale in (1.0, 0.1, 0.01, 0.001):
+        model = lin_norm(BN1(6), nn.ReLU())
+        model[0].weight.data.copy_(scale * w)
+        finding = find_spheres(model, x)["0.weight"]
+        assert finding.sphere == "row"
+        measured.append(finding.evidence.at_real_eps)
+        # The normalized output goes with the norm as |w|**(eps/(var+eps)). c divides that radial
+        # part by sum |w*grad|, which is larger than the radial part of a plain linear layer.
+        var = (x @ (scale * w).T).var(0, unbiased=False)
+        predicted = float((1e-5 / (var + 1e-5)).max())
+        assert predicted / 50 < measured[-1] < predicted
+    assert measured == sorted(measured)
+    assert measured[0] < 1e-4
+    assert measured[-1] > 0.1
+
+
+def test_real_eps_is_none_behind_a_zero_gain():
+    model = conv_norm(BN(6), nn.ReLU())
+    nn.init.zeros_(model[1].weight)
+    finding = find_spheres(model, image())["0.weight"]
+    assert finding.sphere == "row"
+    assert finding.evidence.at_real_eps is None
+
+
+def test_report_text_and_json():
+    model = seq(nn.Linear(8, 6, bias=False), BN1(6), nn.ReLU(), nn.Linear(6, 5))
+    model[0].weight.data.mul_(1e-3)
+    model[1].unused = nn.Linear(3, 3)
+    report = find_spheres(model, rows(), output=lambda out: out[:, :2])
+    text = str(report)
+    lines = text.splitlines()
+    assert lines[0].split() == ["parameter", "shape", "sphere", "euler", "real", "eps", "reason"]
+    assert "row" in lines[1]
+    assert " ! " in lines[1]
+    assert "6x8" in lines[1]
+    assert lines[-2].startswith("1 of 7 parameters")
+    assert lines[-1].startswith("! above 0.01")
+    assert text.isascii()
+    assert repr(report) == "SphereReport(1 of 7 parameters on spheres)"
+    assert list(report) == [n for n, _ in model.named_parameters()]
+    again = SphereReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again == report
+    assert again.aliases == report.aliases
+    assert again["0.weight"].shape == (6, 8)
+
+
+def test_tied_aliases():
+    c = conv(4, 4, padding=1)
+    model = seq(c, BN(4), nn.ReLU(), c, BN(4), head(4))
+    report = find_spheres(model, image(4))
+    assert report["3.weight"] is report["0.weight"]
+    assert "3.weight" in report
+    assert len(report) == len(list(model.parameters()))
+    assert "nothing" not in report
+    with pytest.raises(KeyError):
+        report["nothing"]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning"
+)  # torch's own, on importing dynamo
+@pytest.mark.parametrize("wrap", ["compile", "orig_mod", "data_parallel"])
+def test_wrappers(wrap):
+    model, x = conv_norm(BN(6), nn.ReLU()), image()
+    if wrap == "compile":  # both ways; compiled code itself never runs in detection
+        model[0] = torch.compile(model[0])
+        model.compile()
+        wrapped, prefix, name = torch.compile(model), "_orig_mod.", "0._orig_mod.weight"
+    elif wrap == "orig_mod":
+        wrapped, prefix, name = Net(None, _orig_mod=model), "_orig_mod.", "0.weight"
+    else:
+        wrapped, prefix, name = nn.DataParallel(model), "module.", "0.weight"
+    report = find_spheres(wrapped, x)
+    assert report.spheres == {name: "row"}
+    assert report[prefix + name] is report[name]
+    assert list(report) == [n for n, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_model(dtype):
+    model = seq(nn.Linear(8, 6, bias=False), UpcastRMS(6), nn.GELU(), nn.Linear(6, 2)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = find_spheres(model, rows().to(dtype))
+    assert report.spheres == {"0.weight": "tensor"}
+    assert report["0.weight"].evidence.euler < 1e-12
+
+
+class Labelled(nn.Module):
+    """Keyword inputs, dict output, a hidden state that is not part of the function."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.bn, self.h = conv(), BN(6), head(6)
+
+    def forward(self, *, batch, labels=None, tapped=False):
+        hidden = self.c(batch["pixels"])
+        logits = self.h(F.relu(self.bn(hidden)))
+        out = {"hidden_states": (hidden,), "logits": logits}
+        if labels is not None:
+            out["loss"] = F.cross_entropy(logits, labels)
+            out["logits"] = hidden.mean((2, 3))
+        return out["hidden_states"] if tapped else out
+
+
+def test_keyword_inputs_and_dict_output():
+    model, batch = Labelled(), {"pixels": image()}
+    expected = {"c.weight": "row"}
+    assert find_spheres(model, kwargs={"batch": batch}).spheres == expected
+    labels = torch.tensor([0, 1, 0, 1])
+    assert find_spheres(model, kwargs={"batch": batch, "labels": labels}).spheres == expected
+    both = {"batch": batch, "tapped": True}
+    assert find_spheres(model, kwargs=both).spheres == {}
+    report = find_spheres(model, kwargs={"batch": batch}, output=lambda out: out["hidden_states"])
+    assert report.spheres == {}
+
+
+def test_dataclass_output():
+    import dataclasses
+
+    @dataclasses.dataclass
+    class Out:
+        logits: torch.Tensor
+        hidden: torch.Tensor
+
+    def forward(s, x):
+        y = s.c(x)
+        return Out(s.h(F.relu(s.bn(y))), y)
+
+    model = Net(forward, c=conv(), bn=BN(6), h=head(6))
+    assert find_spheres(model, image()).spheres == {"c.weight": "row"}
+
+
+def test_loss_is_part_of_the_function():
+    model, x = nn.Linear(8, 5, bias=False), rows()
+    labels = torch.arange(8) % 5
+    assert find_spheres(model, x).spheres == {}
+    report = find_spheres(model, x, loss=lambda out: F.cross_entropy(F.normalize(out), labels))
+    assert report.spheres == {"weight": "tensor"}
+    loss = Net(lambda s, out: s.ce(out, labels % 2), ce=nn.CrossEntropyLoss(torch.rand(2)))
+    report = find_spheres(lin_norm(BN1(6), nn.ReLU()), x, loss=loss)
+    assert report.spheres == {"0.weight": "row"}
+    assert loss.ce.weight.dtype == torch.float32
+
+
+def test_l2_term_of_the_loss_is_seen_and_leaves_no_gradient():
+    model, x = lin_norm(BN1(6), nn.ReLU()), rows()
+
+    def loss(out):
+        return out.square().mean() + 1e-2 * sum(p.square().sum() for p in model.parameters())
+
+    assert find_spheres(model, x, loss=lambda out: out.square().mean()).spheres == {
+        "0.weight": "row"
+    }
+    assert find_spheres(model, x, loss=loss).spheres == {}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_unused_and_unseen_parts_are_not_certified():
+    model = seq(nn.Embedding(9, 8), LN(8), nn.Linear(8, 3))
+    model[1].unused = nn.Linear(3, 3)
+    report = find_spheres(model, torch.arange(12).reshape(3, 4) % 6)
+    assert report.spheres == {}
+    assert "3 of 9 rows were never exercised" in report["0.weight"].reason
+    assert report["1.unused.weight"].reason.startswith("inert")
+    assert report["1.unused.weight"].evidence is None
+    biased = find_spheres(lin_norm(BN1(6), bias=True), rows())
+    assert biased["0.bias"].reason.startswith("inert")
+
+
+def test_a_sphere_with_unseen_rows_says_so():
+    model = seq(nn.EmbeddingBag(9, 8, mode="mean"), LN(8), nn.Linear(8, 3))
+    found = find_spheres(model, torch.arange(12).reshape(3, 4) % 6)["0.weight"]
+    assert found.sphere == "tensor"
+    assert "3 of 9 rows were never exercised" in found.reason
+
+
+def test_vectors_get_no_sphere_but_a_remark():
+    def forward(s, x):
+        return s.h(s.n(s.gain * x))
+
+    model = Net(forward, gain=nn.Parameter(torch.ones(8)), n=LN(8), h=nn.Linear(8, 2))
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    report = find_spheres(model, rows())
+    assert report["gain"].sphere is None
+    assert "numerically invariant as a whole" in report["gain"].reason
+    assert "and not invariant" in report["h.bias"].reason
+    assert report["scale"].shape == ()
+
+
+def escape(s, x):
+    # A scale that leaves autograd: the gradient is tangent, the function is not invariant.
+    return s.h(torch.tanh(s.n(s.f(x)) * float(np.linalg.norm(s.f.weight.detach().numpy()))))
+
+
+def branch(s, x):
+    return s.h(torch.tanh(s.n(s.f(x)) * (2.0 if float(s.f.weight.detach().norm()) > 1e3 else 1.0)))
+
+
+@pytest.mark.parametrize("forward", [escape, branch])
+def test_rescaling_refutes_what_the_gradient_cannot_see(forward):
+    inner = Net(forward, f=nn.Linear(8, 6, bias=False), n=LN(6), h=nn.Linear(6, 8, bias=False))
+    model = seq(inner, LN(8), nn.Linear(8, 2))
+    report = find_spheres(model, rows())
+    assert report.spheres == {"0.h.weight": "tensor"}  # the innocent one stays
+    refuted = report["0.f.weight"]
+    assert refuted.reason.startswith("refuted")
+    assert refuted.evidence.euler < 1e-12
+    assert refuted.evidence.rescaling > 1e-3
+
+
+def test_claims_that_fail_only_jointly_are_thinned_out():
+    def forward(s, x):
+        both = s.a.weight.detach().norm() > 100 and s.b.weight.detach().norm() > 100
+        y = s.n(s.a(x)) + s.n(s.b(x)) + s.n(s.c(x))
+        return s.h(y * (2.0 if both else 1.0))
+
+    lin = {k: nn.Linear(8, 6, bias=False) for k in "abc"}
+    model = Net(forward, **lin, n=LN(6), h=nn.Linear(6, 2))
+    report = find_spheres(model, rows())
+    assert report.spheres == {"a.weight": "tensor", "c.weight": "tensor"}
+    assert report["b.weight"].reason.startswith("refuted")
+
+
+def test_straight_through_gradients_are_not_claimed():
+    class Sign(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w):
+            return w.sign()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    def forward(s, x):
+        return s.h(torch.relu(F.linear(x, Sign.apply(s.w))))
+
+    model = Net(forward, w=nn.Parameter(torch.randn(6, 8)), h=nn.Linear(6, 2))
+    assert find_spheres(model, rows()).spheres == {}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_and_sparse_gradients(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    def forward(s, i):
+        return s.h(checkpoint(lambda x: torch.tanh(s.n(s.f(x))), s.e(i), use_reentrant=reentrant))
+
+    parts = {"e": nn.Embedding(6, 8, sparse=True), "f": nn.Linear(8, 6, bias=False)}
+    model = Net(forward, **parts, n=UpcastRMS(6), h=nn.Linear(6, 2))
+    report = find_spheres(model, torch.arange(12).reshape(3, 4) % 6)
+    assert report.spheres == {"e.weight": "row", "f.weight": "tensor"}
+
+
+def test_unregistered_tensors_and_created_constants_follow_to_float64():
+    def forward(s, x):
+        return s.h(s.n(s.f(x) * s.scale * torch.full((6,), 2.0)) @ torch.eye(6))
+
+    model = Net(forward, f=nn.Linear(8, 6, bias=False), n=LN(6), h=nn.Linear(6, 2))
+    model.scale = torch.rand(())
+    report = find_spheres(model, rows())
+    assert report.spheres == {"f.weight": "tensor"}
+    assert model.scale.dtype == torch.float32
+
+
+def test_errors_are_clear():
+    ok, x = lin_norm(BN1(6)), rows()
+    with pytest.raises(ValueError, match="pass a larger example batch"):
+        find_spheres(ok, x[:1])
+    with pytest.raises(ValueError, match=r"'0\.weight' is not initialized"):
+        find_spheres(seq(nn.LazyLinear(3)), x)
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device"):
+        find_spheres(seq(nn.Linear(8, 2, device="meta")), x)
+    with pytest.raises(TypeError, match="args is a dict"):
+        find_spheres(ok, {"x": x})
+    with pytest.raises(ValueError, match="both loss and output"):
+        find_spheres(ok, x, loss=torch.sum, output=torch.sum)
+    with pytest.raises(ValueError, match="inf or NaN"):
+        find_spheres(ok, x / 0)
+    with pytest.raises(ValueError, match="no floating-point tensor"):
+        find_spheres(ok, x, output=lambda out: out.argmax(-1))
+    with pytest.raises(ValueError, match="no output of the model depends"):
+        find_spheres(ok, x, output=lambda out: out.detach())
+    with pytest.raises(RuntimeError) as caught:
+        find_spheres(ok, x[:, :3])
+    assert "float64 copy" in caught.value.__notes__[0]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm:FutureWarning")
+def test_weights_computed_by_hooks_are_copied():
+    model = seq(nn.utils.weight_norm(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 2))
+    model(rows())  # leaves a computed weight behind, which deepcopy refuses
+    assert find_spheres(model, rows()).spheres == {"0.weight_v": "row"}
+
+
+def test_models_that_cannot_be_copied_or_are_sharded():
+    locked = lin_norm(BN1(6))
+    locked.lock = threading.Lock()
+    with pytest.raises(TypeError, match="copying Sequential failed"):
+        find_spheres(locked, rows())
+    sharded = lin_norm(BN1(6))
+    sharded[0].weight.placements = sharded[0].weight.device_mesh = ()  # what marks a DTensor
+    with pytest.raises(ValueError, match=r"'0\.weight' is sharded"):
+        find_spheres(sharded, rows())
+
+
+def test_nothing_finite_next_to_the_weights():
+    # sqrt of a parameter at the edge of its domain: finite here, NaN half of the time next to it.
+    def forward(s, x):
+        return s.f(x) * s.v.sqrt().sum()
+
+    model = Net(forward, f=nn.Linear(8, 2), v=nn.Parameter(torch.zeros(64)))
+    with pytest.raises(ValueError, match="not next to them"):
+        find_spheres(model, rows())
+
+
+def test_parameters_that_are_not_floating_point():
+    model = lin_norm(BN1(6))
+    model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    report = find_spheres(model, rows())
+    assert report.spheres == {"0.weight": "row"}
+    assert "not a floating-point parameter" in report["codes"].reason
+
+
+def test_the_report_is_open_to_other_kinds_of_evidence():
+    finding = find_spheres(lin_norm(BN1(6)), rows())["0.weight"]
+    with pytest.raises(AttributeError):
+        finding.sphere = None
+    assert SimpleNamespace(**vars(finding.evidence)).kind == "numerical"
