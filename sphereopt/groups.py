@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sphereopt import spheres as _spheres
 from sphereopt.detect import SphereReport, find_spheres
+from sphereopt.detect.twin import unwrap
 
-__all__ = ["param_groups", "unwrap"]
+__all__ = ["param_groups"]
 
 Group = dict[str, Any]
 Name = str | tuple[str, ...]
@@ -24,30 +25,6 @@ _NORMS = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside DataParallel, DistributedDataParallel and ``torch.compile``.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        The innermost module; its parameters are those of the wrapper.
-
-    Example:
-        >>> layer = torch.nn.Linear(2, 2)
-        >>> unwrap(torch.nn.DataParallel(layer)) is layer
-        True
-    """
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        if inner is None and isinstance(model, parallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def param_groups(

@@ -59,13 +59,14 @@ class Gram(NamedTuple):
         return (self.uu - self.wu * self.radial_rate()).clamp_min(0)
 
 
-Move = Callable[[Gram, Tensor, Tensor], tuple[Tensor, Tensor]]
+Lr = Tensor | float
+Move = Callable[[Gram, Lr, Tensor], tuple[Tensor, Tensor]]
 
 
 def _divide(x: Tensor, y: Tensor) -> Tensor:
     """Return x / y, and zero where y is zero."""
     zero = y == 0
-    return torch.where(zero, 0, x / torch.where(zero, 1, y))
+    return (x / y.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
 def _root(x: Tensor) -> Tensor:
@@ -73,17 +74,17 @@ def _root(x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return torch.sqrt(x)
     zero = x == 0
-    return torch.where(zero, 0, torch.sqrt(torch.where(zero, 1, x)))
+    return torch.sqrt(x.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
-def _retract(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+def _retract(gram: Gram, lr: Lr, radius: Tensor) -> tuple[Tensor, Tensor]:
     rate = gram.radial_rate()
     square = gram.ww + lr**2 * (gram.uu - gram.wu * rate).clamp_min(0)
     scale = _divide(radius, _root(square))
     return scale * (1 + lr * rate), -lr * scale
 
 
-def _exp(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+def _exp(gram: Gram, lr: Lr, radius: Tensor) -> tuple[Tensor, Tensor]:
     norm = _root(gram.ww)
     angle = lr * _divide(_root(gram.tangent_square()), norm)
     scale = _divide(radius, norm)
@@ -92,23 +93,24 @@ def _exp(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     return scale * torch.cos(angle) - b * gram.radial_rate(), b
 
 
-def _renorm(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+def _renorm(gram: Gram, lr: Lr, radius: Tensor) -> tuple[Tensor, Tensor]:
     before = gram.ww + lr**2 * gram.uu
     square = before - 2 * lr * gram.wu
     # What rounding leaves of a step into the origin has no direction, and no norm to divide by.
-    square = torch.where(square <= 8 * torch.finfo(square.dtype).eps * before, 0, square)
+    square = square.masked_fill(square <= 8 * torch.finfo(square.dtype).eps * before, 0)
     scale = _divide(radius, _root(square))
     return scale, -lr * scale
 
 
-def _hyperball(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+def _hyperball(gram: Gram, lr: Lr, radius: Tensor) -> tuple[Tensor, Tensor]:
     return _renorm(gram, lr * _divide(_root(gram.ww), _root(gram.uu)), radius)
 
 
-def _rotate(gram: Gram, lr: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    b = -torch.sin(lr) * _divide(radius, _root(gram.tangent_square()))
+def _rotate(gram: Gram, lr: Lr, radius: Tensor) -> tuple[Tensor, Tensor]:
+    angle = torch.as_tensor(lr, dtype=gram.ww.dtype)
+    b = -torch.sin(angle) * _divide(radius, _root(gram.tangent_square()))
     scale = _divide(radius, _root(gram.ww))
-    return scale * torch.cos(lr) - b * gram.radial_rate(), b
+    return scale * torch.cos(angle) - b * gram.radial_rate(), b
 
 
 MOVES: dict[str, Move] = {
@@ -166,10 +168,10 @@ def coefficients(
     """
     if move not in MOVES:
         raise ValueError(f"there is no move {move!r}; the moves are {', '.join(MOVES)}")
-    lr = torch.as_tensor(lr, dtype=gram.ww.dtype)
+    lr = lr.to(gram.ww.dtype) if isinstance(lr, Tensor) else lr
     a, b = MOVES[move](gram, lr, radius)
     still = (b == 0) | (torch.minimum(gram.ww, gram.uu) == 0)
-    return torch.where(still, 1, a), torch.where(still, 0, b)
+    return a.masked_fill(still, 1), b.masked_fill(still, 0)
 
 
 def step_angle(gram: Gram, a: Tensor, b: Tensor) -> Tensor:

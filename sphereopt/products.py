@@ -257,5 +257,5 @@ def tangent_form(
     ts = [add(u, c, w) for u, c, w in zip(us, rates, ws, strict=True)]
     tt = dot(ts, ts, members)
     noise = 4 * torch.finfo(ts[0].dtype).eps
-    tt = torch.where(tt <= noise**2 * (tt + rate * wu), 0, tt)
+    tt = tt.masked_fill(tt <= noise**2 * (tt + rate * wu), 0)
     return ts, Gram(ww, torch.zeros_like(tt), tt)

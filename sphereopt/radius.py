@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sphereopt.moves import Gram, _divide, _root, coefficients
@@ -107,4 +106,4 @@ def travel(
     seen = Gram(scale**2 * gram.ww, scale * gram.wu, gram.uu)
     a, b = coefficients(move, seen, lr, radius)
     # Weights that do not turn stay bitwise what they are, whatever norm they are believed to have.
-    return Travel(seen, a, b, torch.where(b == 0, 1, a * scale), plain_norm(seen, lr))
+    return Travel(seen, a, b, (a * scale).masked_fill(b == 0, 1), plain_norm(seen, lr))

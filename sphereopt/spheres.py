@@ -172,4 +172,6 @@ def views(tensors: Sequence[Tensor], sphere: str) -> list[Tensor]:
         [torch.Size([8, 75]), torch.Size([8, 75])]
     """
     vs = [view(tensor, sphere) for tensor in tensors]
-    return [v.flatten(1) for v in vs] if all(v.is_contiguous() for v in vs) else vs
+    if vs[0].ndim == 2 or not all(v.is_contiguous() for v in vs):
+        return vs
+    return [v.flatten(1) for v in vs]

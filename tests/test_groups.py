@@ -181,7 +181,8 @@ def test_parametrized_weights_answer_to_their_plain_name():
     parametrizations.weight_norm(model[0])
     groups = so.param_groups(model, {"1.weight": "tensor"})
     assert shown(groups)[0][0] == ["1.parametrizations.weight.original"]
-    with pytest.raises(ValueError, match=r"did you mean '0\.parametrizations\.weight\.original0' or"):
+    message = r"did you mean '0\.parametrizations\.weight\.original0' or"
+    with pytest.raises(ValueError, match=message):
         so.param_groups(model, {"0.weight": "row"})
     groups = so.param_groups(model, {"0.parametrizations.weight.original1": "row"})
     assert shown(groups)[0][1] == "row"

@@ -26,7 +26,7 @@ SMALL, STACK, LARGE = 8192, 3, {"cpu": 1 << 19}
 ELSEWHERE = 1 << 25
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Block:
     """The spheres of one tensor, or of the member tensors of a joint group, as ``(k, ...)`` views.
 

@@ -59,8 +59,16 @@ def blocks(
                     f"parameter {name!r} of shape {tuple(p.shape)} has a sparse gradient, and a "
                     "sphere moves as a whole; use sparse=False or leave it out of the spheres"
                 )
-        work.append((name, params, grads))
-    return [_block(name, p, grads, [states[q] for q in p], group, keys) for name, p, grads in work]
+        work.append((name, params, grads, [states[p] for p in params]))
+    free = group["radius"] == "free"
+    needed = ("step", "radius", *(["virtual_radius"] if free else []), *keys)
+    for name, params, _, own in work:
+        for state in own:
+            if not all(key in state for key in needed):
+                _create(name, params, own, group["sphere"], keys, free)
+    clocks = [state["step"] for *_, own in work for state in own]
+    torch._foreach_add_(clocks, 1)
+    return [_block(*item, group["sphere"], keys, free) for item in work]
 
 
 def _block(
@@ -68,33 +76,32 @@ def _block(
     params: list[Tensor],
     grads: list[Tensor],
     states: list[State],
-    group: Group,
+    sphere: str,
     keys: tuple[str, ...],
+    free: bool,
 ) -> Block:
-    """Return the views of the member tensors of a sphere, and count the step."""
-    if not all(key in state for state in states for key in (*keys, "step", "radius")):
-        _create(name, params, states, group["sphere"], keys)
-    first, virtual = states[0], None
-    if group["radius"] == "free":
-        virtual = first.setdefault("virtual_radius", None)
-        if virtual is None:
-            virtual = first["virtual_radius"] = first["radius"].clone()
-    members = []
-    for p, grad, state in zip(params, grads, states, strict=True):
-        state["step"] += 1
-        if state is not first:
-            # Members of a joint sphere share its numbers, also after a checkpoint parted them.
-            state.update({k: first[k] for k in ("radius", "virtual_radius") if k in first})
-        tensors = [p.detach(), grad, *[state[key] for key in keys]]
-        members.append(spheres.views(tensors, group["sphere"]))
+    """Return the views of the member tensors of a sphere."""
+    first = states[0]
+    for state in states[1:]:
+        # Members of a joint sphere share its numbers, also after a checkpoint parted them.
+        state.update({k: first[k] for k in ("radius", "virtual_radius") if k in first})
+    members = [
+        spheres.views([p.detach(), grad, *[state[key] for key in keys]], sphere)
+        for p, grad, state in zip(params, grads, states, strict=True)
+    ]
     weights, gradients, *buffers = (list(x) for x in zip(*members, strict=True))
-    radius, step = first["radius"], int(first["step"].item())
+    radius, virtual = first["radius"], first["virtual_radius"] if free else None
     named = dict(zip(keys, buffers, strict=True))
-    return Block(name, weights, gradients, named, radius, virtual, step)
+    return Block(name, weights, gradients, named, radius, virtual, int(first["step"].item()))
 
 
 def _create(
-    name: str, params: list[Tensor], states: list[State], sphere: str, keys: tuple[str, ...]
+    name: str,
+    params: list[Tensor],
+    states: list[State],
+    sphere: str,
+    keys: tuple[str, ...],
+    free: bool,
 ) -> None:
     """Measure the radius and allocate buffers; what a checkpoint brought along stays."""
     views = [spheres.view(p.detach(), sphere) for p in params]
@@ -116,3 +123,5 @@ def _create(
                 form = torch.preserve_format
                 state[key] = torch.zeros_like(p, dtype=dtype, memory_format=form)
         state.setdefault("radius", radius.clone())
+        if free:
+            state.setdefault("virtual_radius", state["radius"].clone())

@@ -1,0 +1,21 @@
+"""Sphinx configuration."""
+
+import sphereopt
+
+project = "sphereopt"
+author = "The sphereopt developers"
+version = release = sphereopt.__version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "sphereopt"
