@@ -4,6 +4,7 @@ from sphereopt import geometry as geometry
 from sphereopt import monitor as monitor
 from sphereopt import moves as moves
 from sphereopt import optim as optim
+from sphereopt import report as report
 from sphereopt import theory as theory
 from sphereopt.detect import find_spheres
 from sphereopt.groups import param_groups
@@ -23,6 +24,7 @@ __all__ = [
     "moves",
     "optim",
     "param_groups",
+    "report",
     "theory",
     "track",
 ]

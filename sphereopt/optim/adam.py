@@ -108,7 +108,6 @@ class SphereAdam(SphereOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "sphere": sphere,
             "joint": joint,
-            "kind": "proved",
             "move": move,
             "radius": radius,
             "transport": transport,

@@ -35,6 +35,19 @@ __all__ = ["Reading", "SphereError", "SphereOptimizer"]
 
 Group = dict[str, Any]
 
+_DEFAULTS: Group = {
+    "weight_decay": 0.0,
+    "sphere": None,
+    "joint": False,
+    "kind": "proved",
+    "move": None,
+    "radius": "fixed",
+    "transport": None,
+    "maximize": False,
+    "foreach": None,
+    "fused": None,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -69,7 +82,8 @@ class SphereOptimizer(Optimizer, ABC):
     Args:
         params: Parameters, named parameters, or groups, as for any ``torch.optim`` optimizer.
             Groups may carry ``sphere``, ``joint``, ``kind``, ``move``, ``radius``, ``transport``.
-        defaults: Options of groups that do not set their own.
+        defaults: Options of groups that do not set their own; sphere options left out take the
+            values they have in :class:`sphereopt.SphereSGD`.
 
     Notes:
         ``step()`` never writes to ``p.grad``, updates storage in place and makes no host sync
@@ -92,7 +106,7 @@ class SphereOptimizer(Optimizer, ABC):
     readings: list[Reading] | None = None
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
-        super().__init__(params, defaults)
+        super().__init__(params, {**_DEFAULTS, **defaults})
 
     @abstractmethod
     def direction(

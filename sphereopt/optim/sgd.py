@@ -103,7 +103,6 @@ class SphereSGD(SphereOptimizer):
             "nesterov": nesterov,
             "sphere": sphere,
             "joint": joint,
-            "kind": "proved",
             "move": move,
             "radius": radius,
             "transport": transport,

@@ -1,0 +1,7 @@
+"""``python -m sphereopt``."""
+
+import sys
+
+from sphereopt.cli import main
+
+sys.exit(main())

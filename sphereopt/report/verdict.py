@@ -1,0 +1,121 @@
+"""A comparison run in sentences, built from its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sphereopt.report.summary import number
+
+__all__ = ["Finding", "verdict"]
+
+Results = Mapping[str, Any]
+
+#: Curves closer than this are the same curve; what is left is rounding, amplified.
+SAME = 1e-6
+#: An angle this close to the predicted one counts as predicted.
+CLOSE = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A question, whether the run answers it with yes, and how.
+
+    Attributes:
+        holds: True, False, or None where the run cannot tell.
+        headline: The answer in a few words.
+        text: The numbers.
+    """
+
+    holds: bool | None
+    headline: str
+    text: str
+
+
+def verdict(results: Results) -> list[Finding]:
+    """Return what a comparison run shows, and plainly where it falls short.
+
+    Args:
+        results: A comparison run's results, as its ``results.json`` holds them.
+
+    Returns:
+        Findings on: does (b) follow (a), does (a) turn as predicted, does (c) turn as told, and
+        what the accuracies say.
+    """
+    return [_following(results), _turning(results), _told(results), _accuracy(results)]
+
+
+def _following(results: Results) -> Finding:
+    free, config = results["arms"]["free"], results["config"]
+    steps, gap = config["steps"], free["loss_gap"]
+    if gap <= SAME:
+        return Finding(
+            True,
+            "(b) followed (a)",
+            f"In {steps:,} steps their training losses never differed by more than {number(gap)}, "
+            f"nor the virtual radius of any sphere in (b) from its norm in (a) by more than "
+            f"{number(free['norm_gap'])} of it, while the weights that (b) stores kept their norms "
+            f"to {number(free['stored_drift'])}.",
+        )
+    early = max(1, steps // 20)
+    pairs = zip(free["loss"][:early], results["arms"]["sgd"]["loss"][:early], strict=True)
+    return Finding(
+        False,
+        "(b) parted from (a)",
+        f"Their training losses differ by up to {number(gap)}; in the first {early:,} steps it was "
+        f"{number(max(abs(x - y) for x, y in pairs))}. In {config['dtype']} with a norm eps of "
+        f"{config['norm_eps']:g} the runs start to differ by rounding and by the eps, which counts "
+        "for more where weights are smaller, and training multiplies every difference. The stored "
+        f"norms of (b) moved by {number(free['stored_drift'])}.",
+    )
+
+
+def _turning(results: Results) -> Finding:
+    sgd = results["arms"]["sgd"]
+    ratio = sgd["angle"] / sgd["predicted_angle"]
+    side = "more" if ratio > 1 else "less"
+    numbers = (
+        f"Over the second half of the run its weights turned {sgd['angle']:.5f} rad per step on "
+        f"average; theory says {sgd['predicted_angle']:.5f}, so it is {abs(ratio - 1):.0%} {side}."
+    )
+    reasons = (
+        " The prediction is a root mean square, and a mean is never above that; and it is for a "
+        "constant learning rate and constant gradient noise, where here both fall and the norms "
+        "follow with a lag."
+    )
+    if abs(ratio - 1) <= CLOSE:
+        return Finding(True, "(a) turned as fast as predicted", numbers)
+    if ratio > 1:
+        return Finding(
+            False,
+            "(a) turned faster than predicted",
+            f"{numbers} Its norms may not have grown to their equilibrium yet: run more steps.",
+        )
+    return Finding(False, "(a) turned slower than predicted", numbers + reasons)
+
+
+def _told(results: Results) -> Finding:
+    fixed = results["arms"]["fixed"]
+    off = abs(fixed["angle"] / fixed["predicted_angle"] - 1)
+    return Finding(
+        off <= 1e-3,
+        "(c) turned by its learning rate" if off <= 1e-3 else "(c) did not turn by its rate",
+        f"Its weights turned {fixed['angle']:.5f} rad per step where the learning rate, the angle "
+        f"that theory gives for (a), was {fixed['predicted_angle']:.5f} on average. That is so by "
+        "construction: on a fixed sphere there is no norm to settle first. The stored norms moved "
+        f"by {number(fixed['stored_drift'])}.",
+    )
+
+
+def _accuracy(results: Results) -> Finding:
+    count = results["data"]["test_images"]
+    shares = ", ".join(
+        f"({arm['letter']}) {100 * arm['test_accuracy']:.1f} %" for arm in results["arms"].values()
+    )
+    return Finding(
+        None,
+        "The accuracies do not rank the arms",
+        f"{shares}. One of the {count:,} test images is {100 / count:.2g} points, this is one "
+        "seed, and nothing was tuned.",
+    )

@@ -1,0 +1,78 @@
+"""The code in README and docs runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sphereopt as so
+from sphereopt.geometry import angle, norm
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(
+        nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)
+    )
+    model = nn.Sequential(*model)
+    x = torch.randn(16, 4)
+    groups = so.param_groups(model, {"0.weight": "row"})
+    optimizer = so.SphereSGD(groups, lr=0.1)
+
+    def train(model, optimizer):
+        for _ in range(50):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    return {
+        "so": so,
+        "torch": torch,
+        "model": model,
+        "example_input": x,
+        "train": train,
+        "opt": optimizer,
+        "groups": groups,
+        "report": so.find_spheres(model, x),
+    }
+
+
+@pytest.mark.parametrize("number", range(len(blocks("README.md"))))
+def test_readme(number, tmp_path, monkeypatch):
+    exec(blocks("README.md")[number], setting(tmp_path, monkeypatch))
+
+
+def test_tracking_page(tmp_path, monkeypatch):
+    names = setting(tmp_path, monkeypatch)
+    first, second = blocks("docs/tracking.md")
+    with pytest.raises(KeyError, match=r"conv1\.weight"):
+        exec(first, names)  # the page's network has a conv1, this one does not
+    exec(second, names)
+
+
+def test_detection_page(tmp_path, monkeypatch):
+    names = setting(tmp_path, monkeypatch)
+    exec(blocks("docs/detection.md")[0].replace("conv1.weight", "0.weight"), names)
+
+
+def test_the_optimizer_of_the_concepts_page_is_one():
+    names: dict = {}
+    exec(blocks("docs/concepts.md")[0], names)
+    w = nn.Parameter(torch.randn(4, 8, dtype=torch.float64))
+    before, start = w.detach().clone(), norm(w.detach(), "row")
+    optimizer = names["SphereSignum"]([("w", w)], lr=0.02, sphere="row")
+    rows = []
+    with so.track(optimizer, rows.append):
+        w.grad = torch.randn_like(w)
+        optimizer.step()
+    torch.testing.assert_close(angle(before, w.detach(), "row"), torch.full((4,), 0.02).double())
+    torch.testing.assert_close(norm(w.detach(), "row"), start)
+    assert rows[0]["parameters"]["w"]["angle"]["mean"] == pytest.approx(0.02)
