@@ -20,6 +20,7 @@ __all__ = ["main"]
 
 _INSTALL = 'pip install "sphereopt[examples,report]"'
 _FILES = ("sgd.jsonl", "free.jsonl", "fixed.jsonl", "results.json", "report.html")
+_WIDE = 150
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except KeyboardInterrupt:
-        print(f"{args.parser.prog}: interrupted", file=sys.stderr)
+        print(f"{args.parser.prog}: interrupted; what was logged is kept", file=sys.stderr)
         return 130
 
 
@@ -207,20 +208,29 @@ def _progress(config: Config, *, silent: bool) -> Iterator[Progress | None]:
 
 
 def _print_table(results: Results, page: Path) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from sphereopt.report.summary import HEADER, arm_rows
 
-    table = Table(
-        title=f"{results.data['name']}, {results.config.steps} steps", title_justify="left"
-    )
-    for index, cell in enumerate(HEADER):
-        table.add_column(cell, justify="left" if index < 2 else "right", overflow="fold")
-    for row in arm_rows(results.to_dict()):
-        table.add_row(*row)
-    console = Console(markup=False, highlight=False, soft_wrap=False)
+    console = Console(markup=False, highlight=False)
     if not console.is_terminal:
-        console.width = 140
+        console.width = _WIDE
+    # The names of the optimizers are long: in a narrow terminal they go beneath.
+    shown = [i for i in range(len(HEADER)) if i != 1 or console.width >= _WIDE]
+    title = f"{results.data['name']}, {results.config.steps} steps"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i in shown:
+        table.add_column(
+            HEADER[i],
+            justify="left" if i < 2 else "right",
+            no_wrap=HEADER[i].startswith("norm"),
+        )
+    for row in arm_rows(results.to_dict()):
+        table.add_row(*(row[i] for i in shown))
     console.print(table)
+    if 1 not in shown:
+        for arm in results.arms.values():
+            console.print(f"({arm.letter}) {arm.optimizer}")
     print(f"The page with the figures: {page}")

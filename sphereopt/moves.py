@@ -11,15 +11,15 @@ and its two coefficients depend on three numbers only, the :class:`Gram` of the 
 one code path serves rows, filters, heads, whole tensors and spheres that span several tensors
 (their Grams add), and why the angle of a step costs no copy of the weights.
 
-=============  =====================================================  ==================  ==========
-move           where the weights go (then the norm is set to r)       angle of the step   unit of lr
-=============  =====================================================  ==================  ==========
-``retract``    :math:`w - lr\,t`                                      atan(lr |t| / |w|)  gradient
-``exp``        geodesic with velocity :math:`-lr\,t`                  lr |t| / |w|        gradient
-``renorm``     :math:`w - lr\,u`                                      depends on u        gradient
-``hyperball``  :math:`w - lr\,|w|\,u/|u|`                             about lr            radians
-``rotate``     geodesic of length lr towards :math:`-t`               lr                  radians
-=============  =====================================================  ==================  ==========
+=============  =================================================  ======================  ==========
+move           where the weights go (then the norm is set to r)   angle of the step       unit of lr
+=============  =================================================  ======================  ==========
+``retract``    :math:`w - lr\,t`                                  ``atan(lr |t| / |w|)``  gradient
+``exp``        geodesic with velocity :math:`-lr\,t`              ``lr |t| / |w|``        gradient
+``renorm``     :math:`w - lr\,u`                                  depends on u            gradient
+``hyperball``  :math:`w - lr\,|w|\,u/|u|`                         about lr                radians
+``rotate``     geodesic of length lr towards :math:`-t`           lr                      radians
+=============  =================================================  ======================  ==========
 """
 
 from __future__ import annotations

@@ -155,24 +155,36 @@ def test_wrappers_are_looked_through(wrap):
     assert shown(so.param_groups(wrapped, {first: "row"})) == expected
 
 
-def test_a_distributed_wrapper_is_looked_through(tmp_path):
+@pytest.fixture
+def one_rank(tmp_path):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
-    try:
-        model = net()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            wrapped = nn.parallel.DistributedDataParallel(model)
-        groups = so.param_groups(wrapped, {"module.0.weight": "row"})
-        assert groups[0]["params"][0] == ("0.weight", model[0].weight)
-        optimizer = so.SphereSGD(groups, lr=0.1, momentum=0.9)
-        wrapped(torch.randn(6, 3, 3, 3)).pow(2).sum().backward()
-        start = model[0].weight.detach().flatten(1).norm(dim=1)
-        optimizer.step()
-        torch.testing.assert_close(model[0].weight.detach().flatten(1).norm(dim=1), start)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_distributed_wrapper_is_looked_through():
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    groups = so.param_groups(wrapped, {"module.0.weight": "row"})
+    assert groups[0]["params"][0] == ("0.weight", model[0].weight)
+    optimizer = so.SphereSGD(groups, lr=0.1, momentum=0.9)
+    wrapped(torch.randn(6, 3, 3, 3)).pow(2).sum().backward()
+    start = model[0].weight.detach().flatten(1).norm(dim=1)
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach().flatten(1).norm(dim=1), start)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_sharded_weight_is_refused_by_name():
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    w = torch.distributed.tensor.distribute_tensor(torch.randn(4, 3), mesh)
+    with pytest.raises(TypeError, match=r"'w' is sharded \(DTensor\).*sphere=None"):
+        so.SphereSGD([("w", nn.Parameter(w))], sphere="row")
 
 
 def test_parametrized_weights_answer_to_their_plain_name():

@@ -91,8 +91,10 @@ def test_zero_norm_rows_stay_finite_and_are_reported_once(row: Row, policy):
     assert (w.detach()[0] != 0).all()
 
 
-@pytest.mark.parametrize("row", [ROWS[1], ROWS[5]], ids=str)
-@pytest.mark.parametrize("move", MOVES)
+LONG = [(ROWS[1], move) for move in MOVES] + [(ROWS[5], "rotate"), (ROWS[5], "renorm")]
+
+
+@pytest.mark.parametrize(("row", "move"), LONG, ids=str)
 def test_fixed_norm_holds_for_10000_float32_steps(row: Row, move):
     w = nn.Parameter(torch.randn(8, 33))
     start = norm(w.detach(), "row")

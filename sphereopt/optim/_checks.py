@@ -97,6 +97,11 @@ def _check_spheres(group: Group, index: int) -> None:
     counts = set()
     for i, p in enumerate(group["params"]):
         name = parameter_name(group, index, i)
+        if hasattr(p, "placements"):
+            raise TypeError(
+                f"parameter {name!r} is sharded (DTensor), and a sphere's norm needs all of it; "
+                "leave it out of the spheres with sphere=None"
+            )
         if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(f"parameter {name!r} has dtype {p.dtype}; a sphere needs real numbers")
         try:

@@ -67,7 +67,8 @@ def blocks(
             if not all(key in state for key in needed):
                 _create(name, params, own, group["sphere"], keys, free)
     clocks = [state["step"] for *_, own in work for state in own]
-    torch._foreach_add_(clocks, 1)
+    if clocks:
+        torch._foreach_add_(clocks, 1)
     return [_block(*item, group["sphere"], keys, free) for item in work]
 
 

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy", "angles", "loss", "loss_gap", "norms"]
+__all__ = ["accuracy", "angles", "layers", "loss", "loss_gap", "norms"]
 
 Results = Mapping[str, Any]
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
-_DASHES: dict[str, Any] = {"sgd": "-", "free": (0, (4, 2.5)), "fixed": (0, (1, 1.2))}
+_DASHES: dict[str, Any] = {"sgd": "-", "free": (0, (4, 2.5)), "fixed": (0, (1, 1))}
 _WIDTHS = {"sgd": 2.4, "free": 1.4, "fixed": 1.8}
 _BINS = 250
 
@@ -59,15 +60,41 @@ def angles(results: Results) -> Figure:
         Means over all spheres at the logged steps.
     """
     figure, axes = _axes("angle per step (rad)")
+    # Broad and pale, so that an arm that turns exactly so can be seen on it.
+    label = "predicted for (a)"
+    axes.plot(*_columns(results["predicted"]), color=INK, linewidth=6, alpha=0.3, label=label)
     warm_up = results["config"]["steps"] / 20
     top = max(value for _, value in results["predicted"])
     for name, arm in results["arms"].items():
         top = max([top, *(value for step, value in arm["angles"] if step > warm_up)])
         style = _style(name) | {"linewidth": 0.7 * _WIDTHS[name]}
         axes.plot(*_columns(arm["angles"]), label=f"({arm['letter']})", **style)
-    axes.plot(*_columns(results["predicted"]), color=INK, linewidth=1, label="predicted for (a)")
     # The first steps, before the norms have grown, would flatten all that follows.
     axes.set_ylim(0, 1.1 * top)
+    return _finished(figure, axes)
+
+
+def layers(results: Results, rows: Rows) -> Figure:
+    """Draw the norm of each layer in (a), and what (b) believes it to be.
+
+    Args:
+        results: A comparison run's results.
+        rows: Arm name to the rows of its JSONL file.
+
+    Returns:
+        Medians over the layer's spheres, each line named at its end.
+    """
+    figure, axes = _axes("norm of a sphere, by layer")
+    for arm in ("sgd", "free"):
+        steps = [row["step"] for row in rows[arm]]
+        for name in results["spheres"]:
+            values = [row["parameters"][name]["norm"]["median"] for row in rows[arm]]
+            axes.plot(steps, values, **_style(arm))
+            if arm == "sgd":
+                end = (steps[-1], values[-1])
+                axes.annotate(name, end, (4, -3), textcoords="offset points", color=INK, size=8)
+        axes.lines[-1].set_label(f"({results['arms'][arm]['letter']})")
+    axes.set_ylim(bottom=0)
     return _finished(figure, axes)
 
 
@@ -159,7 +186,7 @@ def _finished(figure: Figure, axes: Axes) -> Figure:
         frameon=False,
         labelcolor=INK,
         fontsize=9,
-        ncols=2,
+        ncols=3 if len(axes.get_legend_handles_labels()[1]) <= 3 else 2,
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
         handlelength=2.6,

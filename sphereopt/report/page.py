@@ -12,7 +12,7 @@ from sphereopt.monitor import read_jsonl
 from sphereopt.report import figures
 from sphereopt.report.summary import HEADER, arm_rows, layer_rows
 from sphereopt.report.svg import to_svg
-from sphereopt.report.verdict import verdict
+from sphereopt.report.verdict import SAME, verdict
 
 __all__ = ["render", "write"]
 
@@ -43,7 +43,7 @@ def render(results: Results, rows: Rows) -> str:
     )
     drawn = [
         {"name": name, "caption": caption, "svg": Markup(to_svg(figure, name, label))}
-        for name, figure, label, caption in _figures(results)
+        for name, figure, label, caption in _figures(results, rows)
     ]
     return environment.from_string(source).render(
         results=results,
@@ -78,16 +78,28 @@ def write(folder: str | Path) -> Path:
     return path
 
 
-def _figures(results: Results) -> list[tuple[str, Any, str, str]]:
+def _figures(results: Results, rows: Rows) -> list[tuple[str, Any, str, str]]:
     """Return name, figure, label and caption of each figure."""
-    count, shown = results["sphere_count"], results["curve_images"]
+    return [*_sphere_figures(results, rows), *_curve_figures(results)]
+
+
+def _sphere_figures(results: Results, rows: Rows) -> list[tuple[str, Any, str, str]]:
+    count = results["sphere_count"]
+    same = results["arms"]["free"]["norm_gap"] < SAME
     return [
         (
             "norms",
             figures.norms(results),
             "Norms of the spheres against steps",
             f"Median norm of the {count} spheres; the bands hold half of them. The virtual radius "
-            "of (b) lies on the norm of (a). What (b) and (c) store stays where it began.",
+            f"of (b) {'lies on' if same else 'leaves'} the norm of (a). What (b) and (c) store "
+            "stays where it began.",
+        ),
+        (
+            "layers",
+            figures.layers(results, rows),
+            "Norms of the layers in (a) and (b) against steps",
+            "Median over the spheres of each layer: the norm in (a), the virtual radius in (b).",
         ),
         (
             "angles",
@@ -96,11 +108,17 @@ def _figures(results: Results) -> list[tuple[str, Any, str, str]]:
             "How far a sphere turns in a step, mean over all spheres, at every logged step. The "
             "first steps, before the norms of (a) have grown, may leave the frame.",
         ),
+    ]
+
+
+def _curve_figures(results: Results) -> list[tuple[str, Any, str, str]]:
+    shown = f"{results['curve_images']:,}"
+    return [
         (
             "accuracy",
             figures.accuracy(results),
             "Test accuracy against steps",
-            f"Test images classified correctly, of {shown:,}. Evaluation uses BatchNorm's running "
+            f"Test images classified correctly, of {shown}. Evaluation uses BatchNorm's running "
             "averages of past steps; in (a) the norms change meanwhile, so (a) and (b) may differ "
             "here where their training does not.",
         ),

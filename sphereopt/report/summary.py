@@ -65,7 +65,7 @@ def _norm_cell(arm: Mapping[str, Any]) -> str:
         f"{start[kind]['median']:.3f} → {end[kind]['median']:.3f}"
         for kind in ("believed", "stored")
     )
-    return stored if believed == stored else f"{believed} believed\n{stored} stored"
+    return stored if believed == stored else f"{believed} virtual\n{stored} stored"
 
 
 def layer_rows(results: Results, rows: Rows) -> list[dict[str, Any]]:

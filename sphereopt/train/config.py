@@ -89,8 +89,8 @@ class Config:
                 raise OptionError(
                     option, value, "must be positive: without it there is no equilibrium to compare"
                 )
-        if not (0 <= self.norm_eps < math.inf):
-            raise OptionError("norm_eps", self.norm_eps, "must be 0 or more")
+        if not (0 < self.norm_eps < math.inf):
+            raise OptionError("norm_eps", self.norm_eps, "must be positive; use a small one")
         if self.dtype not in DTYPES:
             raise OptionError("dtype", self.dtype, f"use {' or '.join(DTYPES)}")
         if self.lr * self.weight_decay >= 1 - MOMENTUM:
@@ -113,8 +113,8 @@ def learning_rate(step: int, config: Config) -> float:
         The learning rate.
 
     Example:
-        >>> learning_rate(0, Config(lr=1.0)), learning_rate(50, Config(lr=1.0, steps=100))
-        (1.0, 0.6)
+        >>> [round(learning_rate(n, Config(lr=1.0, steps=100)), 3) for n in (0, 50, 100)]
+        [1.0, 0.6, 0.2]
     """
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return config.lr * (FLOOR + (1 - FLOOR) * cosine)

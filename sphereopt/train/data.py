@@ -136,9 +136,12 @@ def _parse_idx(content: bytes) -> np.ndarray[Any, Any]:
     if content[:3] != b"\x00\x00\x08":
         raise ValueError("it is not an idx file of bytes")
     rank = content[3] if len(content) > 3 else 0
-    shape = np.frombuffer(content[4 : 4 + 4 * rank], dtype=">u4").astype(np.int64)
-    values = np.frombuffer(content[4 + 4 * rank :], dtype=np.uint8)
-    if len(shape) != rank or values.size != shape.prod():
+    start = 4 + 4 * rank
+    if len(content) < start:
+        raise ValueError("its header is cut off")
+    shape = np.frombuffer(content[4:start], dtype=">u4").astype(np.int64)
+    values = np.frombuffer(content[start:], dtype=np.uint8)
+    if values.size != shape.prod():
         raise ValueError(f"its header announces {shape.tolist()}, but it holds {values.size} bytes")
     return values.reshape(shape)
 

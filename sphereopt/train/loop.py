@@ -150,13 +150,25 @@ def _prepare(config: Config, data: Dataset) -> _Race:
         dtype=dtype,
         norm_eps=config.norm_eps,
     )
+    # As many images as a batch, and enough that no filter stays silent on all of them.
     example = data.normalized(data.train_images[: max(config.batch_size, 64)], dtype)
+    try:
+        report = find_spheres(model, example)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise OptionError(
+            "data", config.data, f"the network cannot be analysed on these images: {reason}"
+        ) from None
+    if not report.spheres:
+        raise OptionError(
+            "data", config.data, "no weight is scale-invariant on these images; are they blank?"
+        )
     return _Race(
         config=config,
         data=data,
         dtype=dtype,
         model=model,
-        report=find_spheres(model, example),
+        report=report,
         log_every=max(1, config.steps // _ROWS),
         curve_every=max(1, config.steps // _ACCURACY_POINTS),
         curve_images=min(_CURVE_IMAGES, len(data.test_images)),
