@@ -1,20 +1,17 @@
-"""What every optimizer must do with parameters, gradients, state and checkpoints."""
+"""What every optimizer must do with parameters, gradients, layouts and precisions."""
 
-import copy
-import io
-import math
-import pickle
 import warnings
 
 import pytest
 import torch
 from optimizers import ROWS, Row
+from small_model import continue_training, model_and_groups, run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sphereopt as so
 from sphereopt.geometry import angle, norm
-from sphereopt.optim import SphereError, _batching
+from sphereopt.optim import _batching
 
 MOVES = ["retract", "exp", "renorm", "hyperball", "rotate"]
 POLICIES = [{"radius": "fixed", "move": move} for move in MOVES]
@@ -25,13 +22,6 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 every_policy = pytest.mark.parametrize(
     "policy", POLICIES, ids=lambda p: "-".join(map(str, p.values()))
 )
-
-
-def run(optimizer, params, grads):
-    for g in grads:
-        for p, x in zip(params, g, strict=True):
-            p.grad = None if x is None else x.clone()
-        optimizer.step()
 
 
 @every_policy
@@ -220,207 +210,6 @@ def test_step_in_low_precision_is_rounded_once():
     for p in (low, high):
         so.SphereSGD([p], lr=0.05, sphere="row").step()
     assert torch.equal(low.detach(), high.detach().bfloat16())
-
-
-def model_and_groups():
-    torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4), nn.LayerNorm(4)
-    )
-    specs = {"0.weight": "row", ("3.weight", "3.bias"): "tensor"}
-    return model, so.param_groups(model, specs)
-
-
-def continue_training(model, optimizer, steps):
-    generator = torch.Generator().manual_seed(steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.randn(16, 6, generator=generator)).pow(4).mean().backward()
-        optimizer.step()
-
-
-def through_file(state, weights_only=True):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
-
-
-@pytest.mark.parametrize("radius", ["fixed", "free"])
-@every_row
-def test_resuming_equals_the_uninterrupted_run_bit_for_bit(row: Row, radius):
-    model, groups = model_and_groups()
-    optimizer = row.make(groups, radius=radius)
-    continue_training(model, optimizer, 7)
-    saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    fresh, fresh_groups = model_and_groups()
-    resumed = row.make(fresh_groups, radius=radius)
-    continue_training(fresh, resumed, 2)  # state that the checkpoint must replace
-    fresh.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["optimizer"])
-    twin = copy.deepcopy((model, optimizer))
-    pickled = pickle.loads(pickle.dumps((model, optimizer)))
-    runs = [(model, optimizer), (fresh, resumed), twin, pickled]
-    for net, opt in runs:
-        continue_training(net, opt, 5)
-    for net, opt in runs[1:]:
-        for p, q in zip(model.parameters(), net.parameters(), strict=True):
-            assert torch.equal(p, q)
-            for key, value in optimizer.state[p].items():
-                if isinstance(value, torch.Tensor):
-                    assert torch.equal(opt.state[q][key], value), key
-                    assert opt.state[q][key].dtype == value.dtype
-
-
-def test_wide_state_survives_a_checkpoint_of_bf16_weights():
-    # torch casts every floating state tensor to the dtype of its parameter.
-    w = nn.Parameter(torch.randn(4, 8).bfloat16())
-    optimizer = so.SphereAdam([w], sphere="row", radius="free", lr=1e-2)
-    run(optimizer, [w], [[torch.randn(4, 8).bfloat16()] for _ in range(3)])
-    other = so.SphereAdam([w], sphere="row", radius="free", lr=1e-2)
-    other.load_state_dict(through_file(optimizer.state_dict()))
-    for key, value in optimizer.state[w].items():
-        assert torch.equal(other.state[w][key], value), key
-        assert other.state[w][key].dtype == value.dtype
-
-
-def test_a_loaded_state_is_not_shared_with_its_source():
-    model, groups = model_and_groups()
-    optimizer = so.SphereSGD(groups, lr=0.1, momentum=0.9, radius="free")
-    continue_training(model, optimizer, 3)
-    state = optimizer.state_dict()
-    before = copy.deepcopy(state["state"])
-    other_model, other_groups = model_and_groups()
-    other = so.SphereSGD(other_groups, lr=0.1, momentum=0.9, radius="free")
-    other.load_state_dict(state)
-    continue_training(other_model, other, 3)
-    for i, values in before.items():
-        if "radius" in values:
-            for key, value in values.items():
-                if key != "step":
-                    assert torch.equal(state["state"][i][key], value), key
-
-
-def sgd(params, **options):
-    return so.SphereSGD(params, lr=0.1, momentum=0.9, **options)
-
-
-def w_and_b():
-    return [("w", nn.Parameter(torch.randn(4, 3))), ("b", nn.Parameter(torch.randn(4, 2)))]
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (
-            lambda: sgd(
-                [("w", nn.Parameter(torch.randn(4, 3))), ("c", nn.Parameter(torch.ones(4, 2)))],
-                sphere="row",
-            ),
-            r"this optimizer has 'c' at group 0\[1\].*'b' at group 0\[1\]",
-        ),
-        (lambda: sgd(w_and_b()[:1], sphere="row"), "no further parameter.*'b' at group"),
-        (lambda: sgd(w_and_b(), sphere="tensor"), "'w' has sphere='tensor' in this.*'row' in the"),
-        (
-            lambda: sgd([("w", nn.Parameter(torch.randn(4, 9))), w_and_b()[1]], sphere="row"),
-            r"'w' of shape \(4, 9\) needs momentum_buffer of shape \(4, 9\).*has \(4, 3\)",
-        ),
-        (
-            lambda: sgd([("w", nn.Parameter(torch.randn(6, 3))), w_and_b()[1]], sphere="row"),
-            r"'w' of shape \(6, 3\) needs momentum_buffer of shape \(6, 3\)",
-        ),
-    ],
-    ids=["name", "missing", "sphere", "shape", "count"],
-)
-def test_a_checkpoint_of_other_parameters_names_the_first_that_differs(other, message):
-    params = w_and_b()
-    source = sgd(params, sphere="row")
-    run(source, [p for _, p in params], [[torch.randn(4, 3), torch.randn(4, 2)]])
-    target = other()
-    with pytest.raises(ValueError, match=message):
-        target.load_state_dict(source.state_dict())
-    assert not target.state
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, "lr=-1.0 is out of range"),
-        ({"lr": math.nan}, "lr=nan is out of range"),
-        ({"lr": torch.ones(2)}, r"lr is a tensor of shape \(2,\)"),
-        ({"momentum": -0.1}, "momentum=-0.1 is out of range"),
-        ({"nesterov": True}, "nesterov=True needs momentum > 0"),
-        ({"sphere": "filter"}, "'w' has shape .*sphere='filter' is not a sphere spec"),
-        ({"sphere": "block:3"}, r"'w' has shape \(4, 3\), but sphere='block:3' needs a dim 0"),
-        ({"move": "jump"}, "move='jump' is none of 'retract'"),
-        ({"radius": "big"}, "radius='big' is none of 'fixed', 'free'"),
-        ({"transport": "bus"}, "transport='bus' is none of"),
-        ({"weight_decay": 0.1}, r"weight_decay=0.1 does nothing.*'w'.*theory.equilibrium"),
-        ({"radius": "free", "move": "rotate"}, "move='rotate' takes lr in radians"),
-    ],
-    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
-)
-def test_bad_options_say_what_to_do(options, message):
-    w = nn.Parameter(torch.randn(4, 3))
-    with pytest.raises(ValueError, match=message):
-        so.SphereSGD([("w", w)], **{"sphere": "row", **options})
-
-
-def test_adam_rejects_betas_out_of_range():
-    with pytest.raises(ValueError, match=r"betas\[1\]=1.0 is out of range"):
-        so.SphereAdam([nn.Parameter(torch.ones(2, 2))], betas=(0.9, 1.0), sphere="row")
-
-
-def test_row_of_a_bias_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"'head.bias' has shape \(10,\), but sphere='row' needs"):
-        so.SphereSGD([("head.bias", nn.Parameter(torch.ones(10)))], sphere="row")
-
-
-def test_free_is_refused_for_constrained_weights():
-    group = {"params": [("w", nn.Parameter(torch.ones(2, 2)))], "sphere": "row"}
-    with pytest.raises(ValueError, match="'w' is on a sphere by choice"):
-        so.SphereSGD([{**group, "kind": "constrained"}], radius="free")
-
-
-def test_integer_weights_are_refused():
-    w = torch.ones(2, 2, dtype=torch.int64)
-    with pytest.raises(TypeError, match=r"'w' has dtype torch\.int64"):
-        so.SphereSGD([("w", w)], sphere="row")
-
-
-def test_joint_needs_as_many_spheres_in_each_member():
-    params = [("a", nn.Parameter(torch.ones(4, 2))), ("b", nn.Parameter(torch.ones(3, 2)))]
-    with pytest.raises(
-        ValueError, match=r"as many spheres in each of a, b, but they have \[3, 4\]"
-    ):
-        so.SphereSGD([{"params": params, "joint": True}], sphere="row")
-
-
-def test_a_refused_group_is_not_added():
-    optimizer = so.SphereSGD([nn.Parameter(torch.ones(2, 2))], sphere="row")
-    with pytest.raises(ValueError, match="needs two or more dimensions"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_weight_decay_set_by_a_scheduler_is_refused_at_the_step():
-    w = nn.Parameter(torch.ones(2, 2))
-    optimizer = so.SphereSGD([w], sphere="row")
-    optimizer.param_groups[0]["weight_decay"] = 0.1
-    w.grad = torch.ones(2, 2)
-    with pytest.raises(ValueError, match="does nothing on a sphere of fixed radius"):
-        optimizer.step()
-
-
-def test_a_sparse_gradient_is_refused_by_name_before_anything_changes():
-    table = nn.Embedding(5, 3, sparse=True)
-    optimizer = so.SphereSGD(table.named_parameters(), lr=0.1, sphere="row")
-    table(torch.tensor([1, 2])).sum().backward()
-    before = table.weight.detach().clone()
-    with pytest.raises(SphereError, match=r"'weight' of shape \(5, 3\) has a sparse gradient"):
-        optimizer.step()
-    assert torch.equal(table.weight.detach(), before)
-    assert not optimizer.state[table.weight]
 
 
 @pytest.mark.parametrize("policy", [{"radius": "fixed"}, {"radius": "free"}], ids=str)

@@ -1,0 +1,87 @@
+"""find_spheres against brute force: single spheres scaled one by one, by code of its own."""
+
+import copy
+
+import pytest
+import torch
+from detection_zoo import CASES
+from torch import nn
+
+from sphereopt.detect import find_spheres
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def brute_force(model, x):
+    """Label every matrix by scaling each sphere of each partition alone, one after the other."""
+    twin = copy.deepcopy(model).double()
+    for module in twin.modules():
+        for name in ("eps", "tiny"):
+            if hasattr(module, name):
+                setattr(module, name, 1e-30)
+        if hasattr(module, "upcast"):
+            module.upcast = torch.float64
+        if isinstance(module, nn.Dropout):
+            module.train()
+    x = x.double() if x.is_floating_point() else x
+    twin.requires_grad_(False)
+    for p in twin.parameters():
+        p += 0.2 * torch.randn_like(p)
+    state = {name: b.clone() for name, b in twin.named_buffers()}
+
+    def outputs():
+        torch.manual_seed(5)
+        for name, b in twin.named_buffers():
+            b.copy_(state[name])
+        out = twin(x)
+        return torch.cat(
+            [t.flatten() for t in ([out[0], out[1]["tap"]] if type(out) is tuple else [out])]
+        )
+
+    reference = outputs()
+
+    def invariant(block, factors=(0.5, 2.0, 1e3)):
+        before = block.clone()
+        change = 0.0
+        for factor in factors:
+            block.copy_(factor * before)
+            change = max(change, float((outputs() - reference).abs().max()))
+            block.copy_(before)
+        # Rounding stays below 1e-12 here; the least a wrong sphere of these models does is 1e-6.
+        return change < 1e-10 * float(reference.abs().max())
+
+    def label(p):
+        n = p.shape[0]
+        yield "row", p.split(1, 0)
+        if p.shape[1] > 1:
+            yield "col", p.split(1, 1)
+        for k in range(n - 1, 1, -1):
+            if n % k == 0:
+                yield f"block:{k}", p.chunk(k, 0)
+        yield "tensor", (p,)
+
+    found = {}
+    for name, p in twin.named_parameters():
+        for spec, blocks in label(p) if p.ndim > 1 else ():
+            if blocks[0].numel() > 1 and all(invariant(b) for b in blocks):
+                found[name] = spec
+                break
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_labels_are_the_brute_force_ones(name):
+    build, data, expected = CASES[name]
+    model, x = build(), data()
+    report = find_spheres(model, x)
+    assert report.spheres == expected, str(report)
+    assert brute_force(model, x) == expected
+    for found in report.spheres:
+        evidence = report[found].evidence
+        assert evidence.euler < 1e-12  # observed 1e-15 and less; the tolerance is 1e-8
+        assert evidence.rescaling < 1e-11
+        assert evidence.probes == 3
+        assert evidence.kind == "numerical"
