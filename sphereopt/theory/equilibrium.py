@@ -67,8 +67,9 @@ def equilibrium(
         Kosson et al., 2024 (the same for AdamW).
 
     Example:
-        >>> equilibrium("sgd", lr=0.1, weight_decay=5e-4, momentum=0.9)
-        Equilibrium(angle=0.00725..., relaxation=500.0...)
+        >>> found = equilibrium("sgd", lr=0.1, weight_decay=5e-4, momentum=0.9)
+        >>> round(found.angle, 5), round(found.relaxation)
+        (0.00725, 500)
     """
     if not (lr > 0 and weight_decay > 0):
         raise ValueError(
