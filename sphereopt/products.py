@@ -56,8 +56,9 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor], members: Sequence[int] | Non
         or wider.
 
     Notes:
-        A multiply and torch's cascaded sum: ``torch.linalg.vector_norm`` and ``torch.dot`` add
-        serially in float32 on CPUs and are off by 3e-3 and 1e-3 at 4e7 entries, this by 6e-8.
+        A multiply and torch's cascaded sum, good to float32's rounding at any length (a test
+        holds it to 1e-6 at four million entries). ``torch.linalg.vector_norm`` and ``torch.dot``
+        add serially in float32 on CPUs, and lose digits as the length grows.
 
     Example:
         >>> dot([torch.ones(2, 3)], [torch.full((2, 3), 2.0)])

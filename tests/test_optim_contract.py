@@ -98,7 +98,7 @@ def test_fixed_norm_holds_for_10000_float32_steps(row: Row, move):
     # The stored momentum is tangent where it was made, to a float32 rounding of each entry.
     m = optimizer.state[w][optimizer.tangent_buffers[0]]
     radial = (m.double() * before).sum(1) / norm(m, "row") / norm(before, "row")
-    assert radial.abs().max() <= (1e-6 if optimizer.linear else 1e-2)
+    assert radial.abs().max() <= 1e-6
 
 
 @every_row
@@ -135,9 +135,9 @@ def layout_cases():
 def test_any_layout_gives_the_contiguous_result(row: Row, name, start, sphere):
     # AdamP, SGDP and Nero call .view and raise on channels_last weights; gradients may have
     # yet another layout.
-    odd, plain = nn.Parameter(start.clone(memory_format=torch.preserve_format)), None
-    with torch.no_grad():
-        odd.set_(start) if name == "strided" else None
+    # A clone of a strided slice would be dense: that case is stepped in place.
+    copy = start if name == "strided" else start.clone(memory_format=torch.preserve_format)
+    odd = nn.Parameter(copy)
     plain = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
     strides = odd.stride()
     left, right = row.make([odd], sphere=sphere), row.make([plain], sphere=sphere)

@@ -144,6 +144,28 @@ def test_free_norm_grows_as_torch_in_float32_at_tiny_angles():
     torch.testing.assert_close(growth, expected.sqrt() / r - 1, rtol=0.05, atol=0)
 
 
+def test_evaluation_differs_by_the_running_statistics_only():
+    # While the plain norm moves, BatchNorm's averages mix outputs of different scale; under "free"
+    # they do not. Averaging anew over the same data makes both networks one again.
+    model = small_net("batch", 1e-30).double()
+    twin = copy.deepcopy(model)
+    data = batches(100, torch.float64)
+    groups = so.param_groups(model, SPHERES["batch"], decay_norms_and_biases=True)
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-3}
+    train(model, so.SphereSGD(groups, radius="free", **options), data, 100)
+    train(twin, torch.optim.SGD(twin.parameters(), **options), data, 100)
+    x = data[0][0]
+    stale = (model.eval()(x) - twin.eval()(x)).abs().max()
+    for net in (model, twin):
+        for norm_layer in (net[1], net[4]):
+            norm_layer.reset_running_stats()
+            norm_layer.momentum = None
+        net.train()(x)
+    fresh = (model.eval()(x) - twin.eval()(x)).abs().max()
+    assert stale > 1e-3
+    assert fresh < 1e-10
+
+
 def test_torch_checkpoint_continues_under_free():
     # A torch.optim.SGD run can be taken over mid-way: its momentum is in plain units already.
     model = small_net("batch", 1e-30).double()

@@ -159,7 +159,7 @@ class _Before:
         gram = products.gram(w, u)
         one, norm = torch.ones_like(gram.ww), _root(products.dot(after, after))
         trip = Travel(gram, one, -lr * one, one, norm)
-        return Reading([self.name], [len(one)], trip, norm, lr, self.group, self.homogeneity)
+        return Reading([self.name], [len(one)], trip, lr, self.group, self.homogeneity)
 
 
 def _reduce(readings: list[Reading]) -> dict[str, Row]:

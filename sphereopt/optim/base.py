@@ -57,7 +57,6 @@ class Reading:
         names: Parameters, in order; a parameter may go on in the next reading.
         counts: Number of spheres of each.
         travel: Inner products, coefficients and believed norms, ``(k,)`` each.
-        radius: Stored norms, ``(k,)``.
         lr: Learning rate of the group.
         group: The parameter group (not a copy).
         homogeneity: The direction scales like the gradient to this power.
@@ -66,7 +65,6 @@ class Reading:
     names: list[str]
     counts: list[int]
     travel: Travel
-    radius: Tensor
     lr: float | Tensor
     group: Group
     homogeneity: int
@@ -284,6 +282,4 @@ class SphereOptimizer(Optimizer, ABC):
         if self.readings is not None:
             blocks = [block for bunch in slab.bunches for block in bunch]
             names, counts = [x.name for x in blocks], [len(x.radius) for x in blocks]
-            self.readings.append(
-                Reading(names, counts, trip, slab.radius, group["lr"], group, self.homogeneity)
-            )
+            self.readings.append(Reading(names, counts, trip, group["lr"], group, self.homogeneity))
