@@ -17,43 +17,32 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sphereopt.spheres import count
-
+from .claims import Claim
+from .ideal import Precision
+from .partition import Partition
 from .twin import Twin
-
-# c(S) <= TOLERANCE passes. Rounding leaves 1e-17 to 1e-11 on true spheres, while false ones reach
-# 1e-4 and more on the worst of three probes; the tolerance lies in the middle of that gap.
-TOLERANCE = 1e-8
-# Entries whose |w * df/dw| is this far below the typical one are rounding, not signal.
-_NOISE = 1e-9
 
 
 @final
 @dataclass(frozen=True)
 class Sums:
-    """Signed sums of ``w * df/dw`` over some sets of entries, and the sums of its absolute value.
+    """Sums over the indices of one dim of a parameter, on the CPU, shape (size,) each.
 
     Attributes:
-        signed: shape (number of sets,), float64, on the CPU.
-        mass: the same with absolute values.
+        signed: Of ``p = w * df/dw``.
+        mass: Of ``|p|``.
+        square: Of ``w**2``.
+        entries: How many entries an index has.
     """
 
     signed: Tensor
     mass: Tensor
-
-    @classmethod
-    def of(cls, p: Tensor, magnitude: Tensor, dims: Sequence[int]) -> Sums:
-        """Sum ``p`` and its absolute value over ``dims``."""
-        over = tuple(dims)
-        return cls(p.sum(over).reshape(-1).cpu(), magnitude.sum(over).reshape(-1).cpu())
+    square: Tensor
+    entries: int
 
     def plus(self, other: Sums) -> Sums:
-        """Return the sums over both."""
-        return Sums(self.signed + other.signed, self.mass + other.mass)
-
-    def grouped(self, k: int) -> Sums:
-        """Join consecutive sets to ``k`` larger ones."""
-        return Sums(self.signed.reshape(k, -1).sum(1), self.mass.reshape(k, -1).sum(1))
+        """Return the sums of two parts of one gradient."""
+        return Sums(self.signed + other.signed, self.mass + other.mass, self.square, self.entries)
 
 
 @final
@@ -62,57 +51,70 @@ class Probe:
     """One backward, reduced to sums.
 
     Attributes:
-        sums: name -> spec ("tensor", and for matrices "row" and "col") -> sums.
-        typical: median over the parameters of the mean ``|w * df/dw|`` of an entry.
+        sums: Name -> dim (0, and 1 for matrices) -> sums.
+        grads: Name -> norm of the gradient.
+        typical: Median over the parameters of the mean ``|w * df/dw|`` of an entry.
+        precision: Of the run.
     """
 
-    sums: Mapping[str, Mapping[str, Sums]]
+    sums: Mapping[str, Mapping[int, Sums]]
+    grads: Mapping[str, float]
     typical: float
+    precision: Precision
 
-    def of(self, name: str, spec: str) -> Sums | None:
-        """Return the sums of one parameter over the spheres of ``spec``, if a gradient came."""
+    def of(self, name: str, part: Partition) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return signed sum, mass, square and size of every sphere, if a gradient came."""
         sums = self.sums.get(name)
         if sums is None:
             return None
-        if spec.startswith("block:"):
-            return sums["row"].grouped(int(spec.removeprefix("block:")))
-        return sums[spec]
+        own, labels = sums[part.axis], part.labels
+        on = labels >= 0
+        zeros = own.signed.new_zeros(part.count)
+
+        def total(x: Tensor) -> Tensor:
+            return zeros.index_add(0, labels[on], x[on])
+
+        size = torch.full_like(own.mass, own.entries)
+        return total(own.signed), total(own.mass), total(own.square), total(size)
 
 
 @final
 @dataclass(frozen=True)
 class Reading:
-    """c(S) of the spheres of one parameter under one spec.
+    """c(S) of the spheres of a claim.
 
     Attributes:
-        ratio: shape (spheres,), the largest over the probes that observed the sphere.
-        seen: shape (spheres,), whether any probe observed it.
+        ratio: Shape (spheres,), the largest over the probes that observed the sphere.
+        seen: Shape (spheres,), whether any probe observed it.
+        radial: Shape (spheres,), the largest ``(<w,g> / |w|)**2``.
     """
 
     ratio: Tensor
     seen: Tensor
+    radial: Tensor
 
     @property
     def worst(self) -> float:
         """The largest c(S)."""
-        return float(self.ratio.max())
+        return float(self.ratio.max()) if len(self.ratio) else 0.0
 
 
 def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = False) -> Probe:
     """Run one forward and backward at the twin's present point and reduce every gradient.
 
     Args:
-        twin: the float64 copy, already placed.
-        seed: for the model's randomness and the random cotangent of every output.
-        eps: the normalization eps, or ``None`` for the model's own.
-        dropout: whether dropout modules drop.
+        twin: The copy, already placed.
+        seed: For the model's randomness and the random cotangent of every output.
+        eps: The normalization eps, or ``None`` for the model's own.
+        dropout: Whether dropout modules drop.
 
     Raises:
-        ValueError: if no output depends on a parameter.
+        ValueError: If no output depends on a parameter.
     """
-    sums: dict[str, dict[str, Sums]] = {}
+    sums: dict[str, dict[int, Sums]] = {}
+    grads: dict[str, float] = {}
     gen = torch.Generator().manual_seed(seed)
-    with twin.session(seed, eps=eps, dropout=dropout), _reducing(twin, sums):
+    with twin.session(seed, eps=eps, dropout=dropout), _reducing(twin, sums, grads):
         outs = [t for t in twin.outputs() if t.requires_grad]
         if not outs:
             raise ValueError(
@@ -128,32 +130,30 @@ def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = Fals
         # while its handler runs; given graph edges it is not.
         edges = [torch.autograd.graph.get_gradient_edge(t) for t in outs]
         torch.autograd.backward(edges, cotangents)
-    means = torch.tensor(
-        [float(s["tensor"].mass) / twin.params[n].numel() for n, s in sums.items()]
-    )
+    noise = twin.precision.noise
+    means = torch.tensor([float(s[0].mass.sum()) / twin.params[n].numel() for n, s in sums.items()])
     # Median of those that carry signal, or inert biases and frozen branches would set the scale.
-    live = means[means > _NOISE * means.max()] if len(means) else means
-    return Probe(sums, float(live.median()) if len(live) else 0.0)
+    live = means[means > noise * means.max()] if len(means) else means
+    typical = float(live.median()) if len(live) else 0.0
+    return Probe(sums, grads, typical, twin.precision)
 
 
 @contextmanager
-def _reducing(twin: Twin, sums: dict[str, dict[str, Sums]]) -> Iterator[None]:
+def _reducing(
+    twin: Twin, sums: dict[str, dict[int, Sums]], grads: dict[str, float]
+) -> Iterator[None]:
     """Reduce each gradient as soon as it is complete, so that they never exist all at once."""
 
     def reduce(name: str, p: Tensor) -> None:
         if p.grad is None:
             return
         grad = p.grad.to_dense() if p.grad.layout is not torch.strided else p.grad
-        product = p.detach() * grad
         p.grad = None
-        magnitude, dims = product.abs(), range(product.ndim)
-        new = {"tensor": Sums.of(product, magnitude, dims)}
-        if product.ndim > 1:
-            new["row"] = Sums.of(product, magnitude, dims[1:])
-            new["col"] = Sums.of(product, magnitude, [d for d in dims if d != 1])
+        new = _sums(p.detach(), grad)
         # Re-entrant activation checkpointing delivers a gradient in parts.
         old = sums.get(name)
         sums[name] = new if old is None else {key: old[key].plus(new[key]) for key in new}
+        grads[name] = grads.get(name, 0.0) + float(grad.norm())
 
     handles = [
         p.register_post_accumulate_grad_hook(partial(reduce, name))  # type: ignore[no-untyped-call]
@@ -168,31 +168,34 @@ def _reducing(twin: Twin, sums: dict[str, dict[str, Sums]]) -> Iterator[None]:
         twin.module.zero_grad(set_to_none=True)
 
 
-def read(probes: Sequence[Probe], name: str, shape: Sequence[int], spec: str) -> Reading:
-    """Evaluate c(S) for every sphere of one parameter."""
-    k = count(spec, shape)
-    entries = max(torch.Size(shape).numel() // k, 1)
-    ratio = torch.zeros(k, dtype=torch.float64)
+def _sums(w: Tensor, grad: Tensor) -> dict[int, Sums]:
+    sums = {}
+    product = w * grad
+    magnitude, square = product.abs(), w * w
+    for dim in range(min(max(w.ndim, 1), 2)):
+        over = tuple(d for d in range(w.ndim) if d != dim)
+        parts = (x.sum(over) if over else x for x in (product, magnitude, square))
+        signed, mass, squared = (x.reshape(-1).double().cpu() for x in parts)
+        sums[dim] = Sums(signed, mass, squared, w.numel() // len(signed))
+    return sums
+
+
+def read(probes: Sequence[Probe], claim: Claim) -> Reading:
+    """Evaluate c(S) for every sphere of a claim, over all its members."""
+    k = claim.count
+    ratio, radial = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
     seen = torch.zeros(k, dtype=torch.bool)
     for probe in probes:
-        sums = probe.of(name, spec)
-        if sums is None:
-            continue
-        observed = sums.mass > _NOISE * probe.typical * entries
-        c = sums.signed.abs() / sums.mass.clamp_min(torch.finfo(torch.float64).tiny)
+        totals = torch.zeros(4, k, dtype=torch.float64)
+        for name, part in claim.parts.items():
+            own = probe.of(name, part)
+            if own is not None:
+                totals += torch.stack(own)
+        signed, mass, square, entries = totals
+        observed = mass > probe.precision.noise * probe.typical * entries
+        tiny = torch.finfo(torch.float64).tiny
+        c = signed.abs() / mass.clamp_min(tiny)
         ratio = torch.maximum(ratio, torch.where(observed, c, 0.0))
+        radial = torch.maximum(radial, signed.square() / square.clamp_min(tiny))
         seen |= observed
-    return Reading(ratio, seen)
-
-
-def candidates(shape: Sequence[int]) -> list[str]:
-    """Return the sphere specs a parameter of this shape may have, finest first.
-
-    Spheres of a single entry are left out: a direction that cannot turn is no sphere.
-    """
-    if len(shape) < 2:
-        return []
-    n, rows, cols = torch.Size(shape).numel(), shape[0], shape[1]
-    blocks = [k for k in range(rows - 1, 1, -1) if rows % k == 0]
-    specs = ["row", *(["col"] if cols > 1 else []), *(f"block:{k}" for k in blocks), "tensor"]
-    return [spec for spec in specs if n // count(spec, shape) > 1]
+    return Reading(ratio, seen, radial)

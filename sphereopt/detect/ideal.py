@@ -1,4 +1,4 @@
-"""Arithmetic in which scale invariance is exact: normalization eps -> 0, float64 throughout.
+"""Arithmetic in which scale invariance is exact: normalization eps -> 0, one dtype throughout.
 
 With a real eps no weight is exactly invariant, only ``f(c*w; c**2*eps) = f(w; eps)`` holds. So the
 question "does the norm of this weight carry function" is decided in the limit eps -> 0, by a tiny
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -18,6 +19,40 @@ from torch.nn import functional as F  # noqa: N812  torch's own documentation ca
 from torch.overrides import TorchFunctionMode
 
 TINY_EPS = 1e-30
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """A dtype for the copy, and what can be told apart in it.
+
+    Attributes:
+        dtype: Of parameters, inputs and activations.
+        certificate_eps: The norm eps while spheres are rescaled.
+        noise: Entries whose ``|w * df/dw|`` is this far below the typical one are rounding.
+        euler: Euler ratios up to this pass.
+        rescaling: Relative output changes up to this pass, for factors in [1/3, 3].
+        far: Likewise for factors of 1000, which sink layers below the biases around them.
+        unit: Size of a perturbation that is about one rounding.
+    """
+
+    dtype: torch.dtype
+    certificate_eps: float
+    noise: float
+    euler: float
+    rescaling: float
+    far: float
+    unit: float
+
+
+# Rounding leaves Euler ratios of 1e-17 to 1e-11 on true spheres, while false ones reach 1e-4 and
+# more on the worst of three probes: 1e-8 is the middle of that gap. Exact invariance leaves output
+# changes of 1e-15 to 1e-12; a wrong claim moves the outputs by its share of the function. (A single
+# row deep in a network may have a share of 1e-11: telling those is the Euler test's work.)
+# The certificate's eps is smaller still, because a chain of k layers rescaled by 1e-3 scales its
+# variance by 1e-6**k; a forward alone does not mind the huge 1/sqrt(eps) that a gradient would.
+DOUBLE = Precision(torch.float64, 1e-100, 1e-9, 1e-8, 1e-9, 1e-6, 1e-15)
+SINGLE = Precision(torch.float32, 1e-35, 1e-5, 1e-4, 1e-3, 1e-2, 1e-7)
 # The largest constant taken for an eps: TensorFlow-style BatchNorm uses 1e-3.
 LARGEST_EPS = 1.1e-3
 
@@ -50,6 +85,7 @@ _CLAMPS = {
     Tensor.clip,
     Tensor.clip_,
 }
+_ESCAPES = {Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.__dlpack__}
 _DOWN_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 _CASTS = {Tensor.to, Tensor.type}
 
@@ -71,18 +107,28 @@ def eps_attributes(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
 
 @final
 class IdealArithmetic(TorchFunctionMode):
-    """Inside this context torch functions keep float64 and, if asked to, see a tiny eps.
+    """Inside this context torch functions keep to one dtype and, if asked to, see a tiny eps.
 
     Args:
+        dtype: what floating-point tensors are kept in.
         eps: replaces the eps of every normalization; ``None`` leaves each its own.
         twins: ``id`` of a tensor -> the tensor to use in its place. A loss that closes over the
             model (an L2 term, say) then sees the float64 copy's parameters, not the user's.
+        on_escape: called with tensors whose values are about to leave torch (numpy, tolist).
     """
 
-    def __init__(self, eps: float | None, twins: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        eps: float | None,
+        twins: Mapping[int, Tensor],
+        on_escape: Callable[[Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
+        self._dtype = dtype
         self._eps = eps
         self._twins = twins
+        self._on_escape = on_escape
 
     def __torch_function__(
         self,
@@ -93,15 +139,21 @@ class IdealArithmetic(TorchFunctionMode):
     ) -> Any:
         args = tuple(self._twin(arg) for arg in args)
         named = {key: self._twin(value) for key, value in (kwargs or {}).items()}
+        if func in _ESCAPES and self._on_escape is not None:
+            self._on_escape(args[0])
         if self._eps is not None:
             args, named = _with_eps(func, args, named, self._eps)
         if func in _DOWN_CASTS:
-            return args[0].to(torch.float64)
+            return args[0].to(self._dtype)
         if func in _CASTS:
-            args = tuple(_wide(arg) for arg in args)
+            args = tuple(self._wide(arg) for arg in args)
         if "dtype" in named:
-            named["dtype"] = _wide(named["dtype"])
+            named["dtype"] = self._wide(named["dtype"])
         return func(*args, **named)
+
+    def _wide(self, value: Any) -> Any:
+        narrow = isinstance(value, torch.dtype) and value in _LOW_PRECISION
+        return self._dtype if narrow else value
 
     def _twin(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -109,10 +161,6 @@ class IdealArithmetic(TorchFunctionMode):
         if type(value) in (list, tuple):
             return type(value)(self._twin(item) for item in value)
         return value
-
-
-def _wide(value: Any) -> Any:
-    return torch.float64 if value in _LOW_PRECISION and isinstance(value, torch.dtype) else value
 
 
 def _with_eps(

@@ -1,4 +1,4 @@
-"""A float64 copy of the model on which detection may do what it likes."""
+"""A copy of the model, in float64 where that fits, on which detection may do what it likes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .ideal import TINY_EPS, IdealArithmetic, eps_attributes
+from .ideal import IdealArithmetic, Precision, eps_attributes
 
 Choose = Callable[[Any], Any]
 # The function of a model that returns several things, most specific first.
@@ -80,15 +80,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @final
 class Twin:
-    """The float64 copy, the inputs, and what counts as the function.
+    """The copy, the inputs, and what counts as the function.
 
     Args:
         model: the unwrapped model; it is read, never written.
         args: positional inputs.
         kwargs: keyword inputs.
         choose: maps the model's output to the tensors that count as the function, or ``None``.
+        precision: dtype of the copy.
 
     Attributes:
+        precision: the same.
         module: the copy; every floating-point parameter requires grad.
         params: its distinct floating-point parameters by name.
     """
@@ -99,17 +101,20 @@ class Twin:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         choose: Choose | None,
+        precision: Precision,
     ) -> None:
         _check_parameters(model)
-        self.module = _copied(model)
+        self.precision = precision
+        self.module = _copied(model, precision.dtype)
         self.params = {n: p for n, p in self.module.named_parameters() if p.is_floating_point()}
         for p in self.params.values():
             p.requires_grad_(True)
         self._source = {n: p for n, p in model.named_parameters() if n in self.params}
         self._twins = {id(self._source[n]): p for n, p in self.params.items()}
-        self._inputs = pytree.tree_map_only(Tensor, _detached, (tuple(args), dict(kwargs)))
-        # A loss module may hold class weights, which must be float64 as well.
-        self._choose = copy.deepcopy(choose).double() if isinstance(choose, nn.Module) else choose
+        self._inputs = pytree.tree_map_only(Tensor, self._detached, (tuple(args), dict(kwargs)))
+        # A loss module may hold class weights, which must be of that dtype as well.
+        module = isinstance(choose, nn.Module)
+        self._choose = copy.deepcopy(choose).to(precision.dtype) if module else choose  # type: ignore[attr-defined]
         self._eps = eps_attributes(self.module)
         self._dropouts = [
             m
@@ -135,7 +140,7 @@ class Twin:
         times the tensor's rms or its natural size (1 or fan_in**-0.5), whichever is larger.
         """
         for name in self.params if names is None else names:
-            w = self._source[name].detach().to(torch.float64, copy=True)
+            w = self._source[name].detach().to(self.precision.dtype, copy=True)
             if seed is not None and w.numel():
                 # Seeded by name, so that one parameter can be put back without drawing the others.
                 gen = torch.Generator().manual_seed(hash_seed(seed, name))
@@ -149,35 +154,55 @@ class Twin:
                 self.params[name].copy_(w)
 
     @contextmanager
-    def session(self, seed: int, *, eps: float | None, dropout: bool = False) -> Iterator[None]:
+    def session(
+        self,
+        seed: int,
+        *,
+        eps: float | None,
+        dropout: bool = False,
+        on_escape: Callable[[Tensor], None] | None = None,
+    ) -> Iterator[None]:
         """Enter the conditions of one forward and its backward: fresh buffers, RNG, arithmetic.
 
         Args:
             seed: for whatever randomness the model has; equal seeds make runs comparable.
             eps: the normalization eps, or ``None`` for the model's own.
             dropout: whether dropout modules drop.
+            on_escape: called with tensors whose values leave torch.
         """
         for module, name, buffer in self._buffers:
             module._buffers[name] = buffer.clone()
         for module, name, value in self._eps:
-            setattr(module, name, value if eps is None else TINY_EPS)
+            setattr(module, name, value if eps is None else eps)
         for module in self._dropouts:
             module.train(dropout)
         _seed_all(seed)
         with ExitStack() as stack:
-            stack.enter_context(_default_float64())
+            stack.enter_context(_default_dtype(self.precision.dtype))
             for device in {p.device.type for p in self.params.values()}:
                 stack.enter_context(torch.autocast(device, enabled=False))
             if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             # Backward on other threads would miss the mode below (activation checkpointing).
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            stack.enter_context(IdealArithmetic(eps, self._twins))
+            arithmetic = IdealArithmetic(self.precision.dtype, eps, self._twins, on_escape)
+            stack.enter_context(arithmetic)
             yield
 
-    def outputs(self) -> list[Tensor]:
-        """Run the copy once, inside a ``session``, and return the tensors that count."""
-        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, self._inputs)
+    def _detached(self, t: Tensor) -> Tensor:
+        return t.detach().to(self.precision.dtype) if t.is_floating_point() else t.detach()
+
+    def fresh_inputs(self) -> Any:
+        """Return a copy of (args, kwargs), which the model may write to."""
+        return pytree.tree_map_only(Tensor, Tensor.clone, self._inputs)
+
+    def outputs(self, inputs: Any = None) -> list[Tensor]:
+        """Run the copy once, inside a ``session``, and return the tensors that count.
+
+        Args:
+            inputs: (args, kwargs) to use, by default fresh ones.
+        """
+        args, kwargs = self.fresh_inputs() if inputs is None else inputs
         try:
             out = self.module(*args, **kwargs)
             chosen = _default_choice(out) if self._choose is None else self._choose(out)
@@ -187,7 +212,7 @@ class Twin:
                     "the example input gives a normalization layer one value per channel, so there "
                     f"is no variance to divide by ({error}); pass a larger example batch"
                 ) from error
-            error.add_note("raised while running a float64 copy of the model in find_spheres")
+            error.add_note(f"raised while running a {self.precision.dtype} copy of the model in find_spheres")
             raise
         tensors = [t for t in pytree.tree_leaves(chosen) if isinstance(t, Tensor)]
         tensors = [t for t in tensors if t.is_floating_point()]
@@ -210,17 +235,13 @@ def hash_seed(seed: int, name: str) -> int:
 
 
 @contextmanager
-def _default_float64() -> Iterator[None]:
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _detached(t: Tensor) -> Tensor:
-    return t.detach().to(torch.float64) if t.is_floating_point() else t.detach()
 
 
 def _default_choice(out: Any) -> Any:
@@ -255,7 +276,7 @@ def _check_parameters(model: nn.Module) -> None:
             )
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     # Tensors computed by an earlier forward (the older weight_norm keeps its weight) refuse to be
     # copied; the next forward computes them again.
     memo: dict[int, Any] = {
@@ -265,10 +286,10 @@ def _copied(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     try:
-        twin = copy.deepcopy(model, memo).double()
+        twin = copy.deepcopy(model, memo).to(dtype)
     except Exception as error:
         raise TypeError(
-            "find_spheres works on a float64 deep copy, and copying "
+            "find_spheres works on a deep copy, and copying "
             f"{type(model).__name__} failed: {error}"
         ) from error
     if not model.training:
@@ -281,5 +302,5 @@ def _copied(model: nn.Module) -> nn.Module:
             module.__class__ = _AnyBatchNorm  # type: ignore[assignment]
         for name, value in list(vars(module).items()):  # tensors that are not registered as buffers
             if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, name, value.to(torch.float64))
+                setattr(module, name, value.to(dtype))
     return twin

@@ -1,0 +1,436 @@
+"""Degrees of homogeneity of every tensor of a run, propagated while the model runs.
+
+Nothing is traced ahead of time: a dispatch mode sees each aten operation with its actual tensors,
+whatever Python did to get there, and asks the rule of that operation for the degrees of the
+results. Operations without a rule, and values that leave the graph, must have degree zero.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .forms import ANY, ZERO, Forms, Origin, compressed, joined, representative
+
+# Structural zeros (padding, masks) of constants are looked for up to this size.
+_LOOKED_AT = 1 << 22
+
+Rule = Callable[["Propagation", "Call"], Any]
+
+
+class Offset(NamedTuple):
+    """A summand of its own degree, such as a bias.
+
+    Attributes:
+        ids: Its degrees, of size 1 along dims on which they are constant.
+        labels: Entries with equal labels have equal values.
+    """
+
+    ids: Tensor
+    labels: Tensor
+
+    def constant(self, dims: Iterable[int]) -> bool:
+        """Return whether the values are constant along these dims."""
+        return all(self.labels.shape[d] == 1 for d in dims)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Degree:
+    """The degrees of the entries of a tensor ``h + o1 + o2 + ...``.
+
+    The sum has a degree only if all summands have the same. But an offset that is constant along a
+    dim is gone after that dim's mean is subtracted; so the decision is put off until an operation
+    asks for the degree of the sum (``Propagation.ids``).
+
+    Attributes:
+        ids: Degrees of h, of size 1 along dims on which they are constant.
+        offsets: The other summands.
+    """
+
+    ids: Tensor
+    offsets: tuple[Offset, ...] = ()
+
+    def each(self, move: Callable[[Tensor], Tensor]) -> Degree:
+        """Return the degree with ``move`` applied to all its tensors."""
+        offsets = tuple(Offset(move(o.ids), move(o.labels)) for o in self.offsets)
+        return Degree(move(self.ids), offsets)
+
+    def constant_offsets(self, dims: Iterable[int]) -> bool:
+        """Return whether there are offsets, all of them constant along these dims."""
+        dims = list(dims)
+        return bool(self.offsets) and all(o.constant(dims) for o in self.offsets)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One aten operation.
+
+    Attributes:
+        op: Its name, without the underscore of in-place variants.
+        func: The overload that was called.
+        bound: Its arguments by the schema's names, defaults included.
+        args: Its arguments as they were given.
+        kwargs: Likewise.
+        shapes: Shapes of the tensors it returns.
+        out: What it returned; for in-place operations None, rules run before these.
+    """
+
+    op: str
+    func: Any
+    bound: Mapping[str, Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    shapes: list[torch.Size]
+    out: Any
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bound[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an argument that only some overloads have."""
+        return self.bound.get(name, default)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+    @property
+    def keepdim(self) -> bool:
+        """Whether a reduction kept its dims."""
+        return bool(self.bound.get("keepdim", False))
+
+
+@final
+class Propagation(TorchDispatchMode):
+    """The mode; see the module.
+
+    Args:
+        rules: Operation name -> rule.
+        moving: Operations that only move entries: they exercise nothing.
+
+    Attributes:
+        forms: The forms and the equations.
+        seen: Ids of forms that some operation other than a move has used.
+        operations: How many operations have run.
+        used_at: Unit -> number of the first operation that used it.
+        looked_up: Units of tables that an embedding selects from.
+    """
+
+    def __init__(self, rules: Mapping[str, Rule], moving: Collection[str] = ()) -> None:
+        super().__init__()
+        self.forms = Forms()
+        self.seen: set[int] = set()
+        self.operations = 0
+        self.used_at: dict[int, int] = {}
+        self.looked_up: set[int] = set()
+        self._rules = rules
+        self._moving = frozenset(moving)
+        self._degrees = WeakTensorKeyDictionary()
+        self._data = WeakTensorKeyDictionary()  # tensors whose zeros are accidents of the input
+        self._views: dict[int, list[weakref.ref[Tensor]]] = {}
+        self._module: list[str] = []
+        self._op = ""
+        self._labels = 1
+
+    # What rules use.
+
+    @property
+    def origin(self) -> Origin:
+        """The operation at hand."""
+        return Origin(self._op, self._module[-1] if self._module else "")
+
+    def degree(self, t: Tensor) -> Degree | None:
+        """Return what is known of a tensor; None for a constant."""
+        found: Degree | None = self._degrees.get(t)
+        return found
+
+    def ids(self, t: Tensor, ndim: int | None = None) -> Tensor:
+        """Return the degrees of a tensor's entries, settling its offsets.
+
+        Args:
+            t: Any tensor; a constant has degree zero, and any where it is 0 or infinite.
+            ndim: Pad with leading dims up to this number, to broadcast.
+        """
+        found = self.degree(t)
+        if found is None:
+            ids = self._constant(t)
+        else:
+            ids = self.settled(found)
+            self._degrees[t] = Degree(ids)
+        return ids if ndim is None else aligned(ids, ndim)
+
+    def settled(self, degree: Degree) -> Tensor:
+        """Ask that all summands be of one degree, and return it."""
+        ids = degree.ids
+        for offset in degree.offsets:
+            self.equal(ids, offset.ids)
+            ids = joined(ids, offset.ids)
+        return ids
+
+    def _constant(self, t: Tensor) -> Tensor:
+        if t.is_floating_point() and 0 < t.numel() <= _LOOKED_AT:
+            if not t.is_meta and t not in self._data:
+                none = (t == 0) | t.isinf()
+                if bool(none.any()):
+                    return compressed(torch.where(none.cpu(), ANY, ZERO))
+        return torch.full([1] * t.ndim, ZERO)
+
+    def zero(self, ids: Tensor) -> None:
+        """Ask for degree zero."""
+        self.forms.demand_zero(ids, self.origin)
+
+    def equal(self, a: Tensor, b: Tensor) -> None:
+        """Ask for equal degrees."""
+        self.forms.demand_equal(a, b, self.origin)
+
+    def along(self, ids: Tensor, dims: list[int]) -> Tensor:
+        """Ask for equal degrees along dims; return one per line, the dims kept."""
+        for dim in dims:
+            if ids.shape[dim] > 1:
+                one = representative(ids, dim)
+                self.equal(ids, one)
+                ids = one
+        return ids
+
+    def freeze(self, call: Call) -> None:
+        """Ask for degree zero of every input: the result is then a constant."""
+        for t in call.tensors:
+            self.zero(self.ids(t))
+
+    def say(self, op: str) -> None:
+        """Give the operation at hand a name for readers."""
+        self._op = op
+
+    def fresh_labels(self, shape: list[int]) -> Tensor:
+        """Return labels, all different and never used before."""
+        n = torch.Size(shape).numel()
+        self._labels += n
+        return torch.arange(self._labels - n, self._labels).reshape(shape)
+
+    def relabelled(self, degree: Degree | None) -> Degree | None:
+        """Return the degree of a multiple: the offset keeps its pattern, not its value."""
+        if degree is None:
+            return None
+        offsets = []
+        for ids, labels in degree.offsets:
+            offsets.append(Offset(ids, labels + self._labels))
+            self._labels += int(labels.max()) + 1
+        return Degree(degree.ids, tuple(offsets))
+
+    def set(self, t: Tensor, degree: Degree | None) -> None:
+        """Record what is known of a tensor."""
+        if degree is None:
+            self._degrees.pop(t, None)
+        else:
+            self._degrees[t] = degree.each(compressed)
+
+    def mark_data(self, t: Tensor) -> None:
+        """Say that zeros of this tensor are accidents: another batch or another weight has none."""
+        self._data[t] = True
+
+    def escape(self, t: Tensor) -> None:
+        """Ask for degree zero of a tensor whose values leave torch (numpy, tolist)."""
+        with _disable_current_modes():  # type: ignore[no-untyped-call]
+            if self.degree(t) is not None:
+                self._op = "a value that leaves torch"
+                self.zero(self.ids(t))
+
+    def demand_no_degree(self, outputs: list[Tensor]) -> None:
+        """Ask for degree zero of what counts as the function."""
+        self._op = "output"
+        self._note_use(outputs)
+        for t in outputs:
+            self.zero(self.ids(t))
+
+    # The run.
+
+    @contextmanager
+    def modules(self, model: nn.Module) -> Iterator[None]:
+        """Keep track of the module that runs, for ``origin``."""
+
+        def leave(*_: object) -> None:
+            if self._module:
+                self._module.pop()
+
+        handles = []
+        for name, module in model.named_modules():
+
+            def enter(_: nn.Module, __: object, name: str = name) -> None:
+                self._module.append(name)
+
+            handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._module.clear()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        live = any(t in self._degrees for t in inputs)
+        schema = func._schema
+        self.operations += 1
+        self._op = _plain_name(schema.name.partition("::")[2])
+        if live and self._op not in self._moving:
+            self._note_use(inputs)
+        if not schema.is_mutable or any(r.alias_info is None for r in schema.returns):
+            out = func(*args, **kwargs)
+            results = _tensors(out)
+            if live:
+                call = self._call(func, args, kwargs, [o.shape for o in results], out)
+                for o, degree in zip(results, self._apply(call, len(results)), strict=True):
+                    self.set(o, degree)
+            self._track(results, inputs)
+            return out
+        return self._in_place(func, args, kwargs, inputs, live)
+
+    def _in_place(
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, inputs: list[Tensor], live: bool
+    ) -> Any:
+        """Run an operation that returns what it writes to; rules see what was there before."""
+        bound = _bind(func._schema, args, kwargs)
+        written = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+        targets = _tensors([bound[name] for name in written])
+        degrees: list[Degree | None] = [None] * len(targets)
+        if live:
+            call = self._call(func, args, kwargs, [t.shape for t in targets], None)
+            degrees = self._apply(call, len(targets))
+        out = func(*args, **kwargs)
+        for t, degree in zip(targets, degrees, strict=True):
+            self._overwrite(t, degree)
+        self._track(_tensors(out), inputs)
+        if any(t in self._data for t in inputs):
+            for t in targets:
+                for alias in self._aliases(t):
+                    self.mark_data(alias)
+        return out
+
+    def _call(
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, shapes: list[torch.Size], out: Any
+    ) -> Call:
+        return Call(self._op, func, _bind(func._schema, args, kwargs), args, kwargs, shapes, out)
+
+    def _apply(self, call: Call, count: int) -> list[Degree | None]:
+        rule = self._rules.get(call.op)
+        if rule is None:
+            self.freeze(call)
+            return [None] * count
+        result = rule(self, call)
+        results = list(result) if isinstance(result, list | tuple) else [result]
+        return (results + [None] * count)[:count]
+
+    def _note_use(self, inputs: list[Tensor]) -> None:
+        used: set[int] = set()
+        for t in inputs:
+            degree = self.degree(t)
+            if degree is not None:
+                for ids in (degree.ids, *(o.ids for o in degree.offsets)):
+                    used.update(torch.unique(ids).tolist())
+        for x in used - self.seen:
+            for unit, _ in self.forms.table[x]:
+                self.used_at.setdefault(unit, self.operations)
+        self.seen |= used
+
+    def _track(self, results: list[Tensor], inputs: list[Tensor]) -> None:
+        fresh = self._op in _STRUCTURAL
+        data = self._op in _RANDOM or (not fresh and any(t in self._data for t in inputs))
+        for o in results:
+            if data:
+                self.mark_data(o)
+            key = _storage(o)
+            if key is not None:
+                refs = self._views.setdefault(key, [])
+                refs[:] = [r for r in refs if r() is not None]
+                if not any(r() is o for r in refs):
+                    refs.append(weakref.ref(o))
+
+    def _aliases(self, t: Tensor) -> list[Tensor]:
+        """Return the living tensors on the storage of ``t``, itself first."""
+        key = _storage(t)
+        others = [r() for r in self._views.get(key, [])] if key is not None else []
+        return [t, *(o for o in others if o is not None and o is not t)]
+
+    def _overwrite(self, t: Tensor, degree: Degree | None) -> None:
+        """Record new degrees of ``t`` and of every view that shares its memory."""
+        aliases = self._aliases(t)
+        known = [o for o in aliases if o in self._degrees]
+        self.set(t, degree)
+        if len(aliases) == 1 or (degree is None and not known):
+            return
+        whole = next((o for o in aliases if _is_whole(o)), None)
+        if whole is None:
+            # No tensor to keep the books on: nothing on this memory may have a degree.
+            for o in aliases:
+                self.zero(self.ids(o))
+                self.set(o, None)
+            return
+        new = self.ids(t).expand(t.shape)
+        book = self.ids(whole).expand(whole.shape).clone(memory_format=torch.contiguous_format)
+        book.as_strided(t.shape, t.stride(), t.storage_offset()).copy_(new)
+        for o in aliases:
+            self.set(o, Degree(book.as_strided(o.shape, o.stride(), o.storage_offset())))
+
+
+def aligned(ids: Tensor, ndim: int) -> Tensor:
+    """Return the tensor with leading dims of size 1 up to ``ndim``."""
+    return ids if ids.ndim >= ndim else ids.reshape([1] * (ndim - ids.ndim) + list(ids.shape))
+
+
+# Results whose zeros do not depend on any input.
+_STRUCTURAL = frozenset(
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()
+)
+_RANDOM = frozenset(
+    "bernoulli rand randn rand_like randn_like uniform normal exponential random multinomial "
+    "native_dropout geometric log_normal cauchy".split()
+)
+
+
+def _plain_name(name: str) -> str:
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    if name.endswith("_copy") and name not in ("_to_copy", "index_copy"):
+        name = name.removesuffix("_copy")  # view_copy is view, for our purpose
+    return name
+
+
+def _bind(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    bound.update(zip((a.name for a in schema.arguments), args, strict=False))
+    return {**bound, **kwargs}
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [o for o in pytree.tree_leaves(out) if isinstance(o, Tensor)]
+
+
+def _storage(t: Tensor) -> int | None:
+    try:
+        return None if t.is_meta else t.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have none
+        return None
+
+
+def _is_whole(t: Tensor) -> bool:
+    """Return whether a tensor lies contiguously over all of its storage."""
+    nbytes = t.untyped_storage().nbytes()
+    return (
+        t.is_contiguous() and t.storage_offset() == 0 and t.numel() * t.element_size() == nbytes
+    )

@@ -1,0 +1,257 @@
+"""Operations on each entry by itself."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sphereopt.detect.forms import joined
+from sphereopt.detect.ideal import TINY_EPS
+from sphereopt.detect.propagate import Call, Degree, Offset, Propagation, Rule, aligned
+
+
+def same(p: Propagation, call: Call) -> Degree:
+    """Functions with f(c*x) = c*f(x) for c > 0."""
+    return Degree(p.ids(call.args[0]))
+
+
+def linear(p: Propagation, call: Call) -> Degree | None:
+    """Negation: it keeps an offset an offset."""
+    return p.relabelled(p.degree(call.args[0]))
+
+
+def zero(p: Propagation, call: Call) -> None:
+    """Functions that are not homogeneous: their inputs must have degree zero."""
+    p.freeze(call)
+
+
+def shape_only(p: Propagation, call: Call) -> None:
+    """The result does not depend on the values."""
+
+
+def scale_free(p: Propagation, call: Call) -> None:
+    """The result, a sign say, depends on the values but not on their scale."""
+    for t in call.tensors:
+        p.ids(t)
+
+
+def compare(p: Propagation, call: Call) -> None:
+    """Compare with 0 or an infinity, or with what scales alike."""
+    x, y = call["self"], call["other"]
+    if isinstance(y, Tensor):
+        ndim = len(call.shapes[0])
+        p.equal(p.ids(x, ndim), p.ids(y, ndim))
+    elif y != 0 and not math.isinf(y):
+        p.zero(p.ids(x))
+
+
+def power(p: Propagation, call: Call, exponent: float | None = None) -> Degree | None:
+    """``x**k`` has k times the degree."""
+    x, k = call.args[0], call.get("exponent") if exponent is None else exponent
+    if not isinstance(x, Tensor) or isinstance(k, Tensor) or float(k * 2**20) % 1:
+        return p.freeze(call)  # the arithmetic of forms is exact for dyadic exponents
+    return Degree(p.forms.scale(p.ids(x), float(k)))
+
+
+def add(p: Propagation, call: Call) -> Degree | None:
+    """Sums and differences: equal degrees, or an offset."""
+    x, y = call["self"], call["other"]
+    ndim = len(call.shapes[0])
+    if not isinstance(y, Tensor):
+        # The eps of a norm, put there by IdealArithmetic: tends to 0.
+        if y == 0 or abs(y) == TINY_EPS:
+            return p.degree(x) if call.op == "add" else p.relabelled(p.degree(x))
+        y = torch.tensor(float(y))
+    dx, dy = (p.degree(t) or Degree(p.ids(t)) for t in (x, y))
+    dx, dy = (d.each(lambda t: aligned(t, ndim)) for d in (dx, dy))
+    if call.op in ("sub", "rsub") and call["alpha"] == 1 and _cancels(dx, dy):
+        p.equal(dx.ids, dy.ids)
+        return Degree(joined(dx.ids, dy.ids))
+    if not _agree(dx.ids, dy.ids):
+        for big, small, degree, other in ((x, y, dx, dy), (y, x, dy, dx)):
+            own = list(aligned(small, ndim).shape)
+            if big.shape == call.shapes[0] != torch.Size(own) and not other.offsets:
+                # Constant along a dim at least: an offset.
+                offset = Offset(other.ids.expand(own), p.fresh_labels(own))
+                return Degree(degree.ids, (*degree.offsets, offset))
+    a, b = p.ids(x, ndim), p.ids(y, ndim)
+    p.equal(a, b)
+    return Degree(joined(a, b))
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    return bool((a == b).all())
+
+
+def _cancels(dx: Degree, dy: Degree) -> bool:
+    """Return whether both have the same offsets, as y and y.mean() have."""
+    if not dx.offsets or len(dx.offsets) != len(dy.offsets):
+        return False
+    pairs = zip(dx.offsets, dy.offsets, strict=True)
+    return all(_agree(*torch.broadcast_tensors(a.labels, b.labels)) for a, b in pairs)
+
+
+def extremum(p: Propagation, call: Call) -> Degree:
+    """Elementwise maximum or minimum: of equals."""
+    ndim = len(call.shapes[0])
+    a, b = p.ids(call["self"], ndim), p.ids(call["other"], ndim)
+    p.equal(a, b)
+    return Degree(joined(a, b))
+
+
+def multiply(p: Propagation, call: Call, sign: float) -> Degree | None:
+    """Products and quotients: degrees add."""
+    x, y = call["self"], call["other"]
+    if call.get("rounding_mode"):
+        return p.freeze(call)
+    if not isinstance(y, Tensor) or (y.ndim == 0 and p.degree(y) is None):
+        return p.relabelled(p.degree(x))
+    ndim = len(call.shapes[0])
+    return Degree(p.forms.add(p.ids(x, ndim), p.ids(y, ndim), sign))
+
+
+def fused_multiply_add(p: Propagation, call: Call, sign: float) -> Degree:
+    """``self + value * tensor1 * tensor2``, or the quotient."""
+    ndim = len(call.shapes[0])
+    a, b, c = (p.ids(call[key], ndim) for key in ("self", "tensor1", "tensor2"))
+    product = p.forms.add(b, c, sign)
+    p.equal(a, product)
+    return Degree(joined(a, product))
+
+
+def lerp(p: Propagation, call: Call) -> Degree:
+    """Weighted mean."""
+    ndim = len(call.shapes[0])
+    a, b = p.ids(call["self"], ndim), p.ids(call["end"], ndim)
+    if isinstance(call["weight"], Tensor):
+        p.zero(p.ids(call["weight"]))
+    p.equal(a, b)
+    return Degree(joined(a, b))
+
+
+def clamp(p: Propagation, call: Call) -> Degree | None:
+    """Bounds at 0 or infinity keep the degree; so does the eps of a norm, which tends to 0."""
+    x = call["self"]
+    names = ("min", "max", "min_val", "max_val")
+    for bound in (call.bound[name] for name in names if name in call.bound):
+        if isinstance(bound, Tensor):
+            ndim = len(call.shapes[0])
+            p.equal(p.ids(x, ndim), p.ids(bound, ndim))
+        elif bound is not None and bound != 0 and not math.isinf(bound) and bound != TINY_EPS:
+            return p.freeze(call)
+    return Degree(p.ids(x))
+
+
+def threshold(p: Propagation, call: Call) -> Degree | None:
+    """ReLU as ``threshold(x, 0, 0)``."""
+    if call["threshold"] == 0 and call["value"] == 0:
+        return Degree(p.ids(call["self"]))
+    return p.freeze(call)
+
+
+def where(p: Propagation, call: Call) -> Degree | None:
+    """Choose between equals."""
+    if "other" not in call.bound:
+        return scale_free(p, call)  # the indices of what is not zero
+    ndim = len(call.shapes[0])
+    a, b = p.ids(call["self"], ndim), p.ids(call["other"], ndim)
+    p.equal(a, b)
+    return Degree(joined(a, b))
+
+
+def masked_fill(p: Propagation, call: Call) -> Degree | None:
+    """Fill with 0 or infinity, or with what has degree zero."""
+    value = call["value"]
+    ids = p.ids(call["self"], len(call.shapes[0]))
+    if isinstance(value, Tensor):
+        other = p.ids(value, ids.ndim)
+        p.equal(ids, other)
+        return Degree(joined(ids, other))
+    if value != 0 and not math.isinf(value):
+        p.zero(ids)
+        return None
+    return Degree(ids)
+
+
+def prelu(p: Propagation, call: Call) -> Degree:
+    """PReLU: the slope must have degree zero."""
+    slope = call.args[1]
+    p.zero(p.ids(slope))
+    return Degree(p.ids(call.args[0]))
+
+
+def dropout(p: Propagation, call: Call) -> Degree:
+    """A random mask times a constant."""
+    return Degree(p.ids(call.args[0]))
+
+
+def pairs(p: Propagation, call: Call) -> Degree:
+    """Two numbers to a complex one, or back: ``view_as_complex``, ``view_as_real``, ``complex``."""
+    if call.op == "complex":
+        a, b = (p.ids(call[k], len(call.shapes[0])) for k in ("real", "imag"))
+        p.equal(a, b)
+        return Degree(joined(a, b))
+    ids = p.ids(call["self"])
+    if call.op == "view_as_real":
+        return Degree(ids.unsqueeze(-1))
+    return Degree(p.along(ids, [ids.ndim - 1]).squeeze(-1))
+
+
+_SAME = "relu abs leaky_relu real imag"
+_LINEAR = "neg negative"
+#: Not homogeneous. They are named so that a reader sees that they were thought of; an operation
+#: that is in no table is treated alike.
+_ZERO = (
+    "exp exp2 expm1 log log2 log10 log1p sigmoid tanh gelu silu mish erf erfc sin cos tan sinh "
+    "cosh atan asin acos softplus elu celu selu hardsigmoid hardswish logit log_sigmoid_forward "
+    "round floor ceil trunc frac logaddexp atan2 remainder fmod bucketize searchsorted "
+    "_local_scalar_dense item histc bincount"
+)
+_SHAPE_ONLY = (
+    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty "
+    "new_full size sym_size is_same_size isnan isinf isfinite bernoulli normal uniform exponential "
+    "random randint_like geometric log_normal cauchy"
+)
+_SCALE_FREE = "sign sgn signbit logical_not logical_and logical_or logical_xor nonzero is_nonzero"
+
+
+def _multiply(sign: float) -> Rule:
+    return partial(multiply, sign=sign)
+
+
+def _power(exponent: float) -> Rule:
+    return partial(power, exponent=exponent)
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_SAME.split(), same),
+    **dict.fromkeys(_LINEAR.split(), linear),
+    **dict.fromkeys(_ZERO.split(), zero),
+    **dict.fromkeys(_SHAPE_ONLY.split(), shape_only),
+    **dict.fromkeys(_SCALE_FREE.split(), scale_free),
+    **dict.fromkeys("gt lt ge le eq ne".split(), compare),
+    **dict.fromkeys(["add", "sub", "rsub"], add),
+    **dict.fromkeys("maximum minimum fmax fmin".split(), extremum),
+    **dict.fromkeys(["mul", "multiply"], _multiply(1.0)),
+    **dict.fromkeys("div divide true_divide".split(), _multiply(-1.0)),
+    "addcmul": partial(fused_multiply_add, sign=1.0),
+    "addcdiv": partial(fused_multiply_add, sign=-1.0),
+    "lerp": lerp,
+    "pow": power,
+    "square": _power(2.0),
+    "sqrt": _power(0.5),
+    "rsqrt": _power(-0.5),
+    "reciprocal": _power(-1.0),
+    **dict.fromkeys("clamp clamp_min clamp_max clip hardtanh".split(), clamp),
+    "threshold": threshold,
+    "where": where,
+    "masked_fill": masked_fill,
+    **dict.fromkeys(["prelu", "_prelu_kernel"], prelu),
+    **dict.fromkeys(["native_dropout", "_fused_dropout"], dropout),
+    **dict.fromkeys(["view_as_real", "view_as_complex", "complex"], pairs),
+}
+
+
