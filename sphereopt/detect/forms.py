@@ -14,7 +14,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -31,10 +31,18 @@ Form = tuple[tuple[int, float], ...]
 @final
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an equation came from: the first operation that asked for it, and its module."""
+    """Where an equation came from: the first operation that asked for it, and its module.
+
+    Attributes:
+        op: Name of the operation.
+        module: Name of the module, empty for the model itself.
+        equality: It puts together things that must scale alike, rather than being of a kind that
+            takes only what does not scale.
+    """
 
     op: str
     module: str
+    equality: bool = False
 
 
 @final
@@ -113,7 +121,7 @@ class Forms:
             pairs = _pairs(*torch.broadcast_tensors(a, b))[0]
         for x, y in pairs:
             if x != y and x != ANY and y != ANY:
-                self.equations.setdefault(self._plus(x, y, -1.0), origin)
+                self.equations.setdefault(self._plus(x, y, -1.0), replace(origin, equality=True))
 
     def units_in(self, ids: Iterable[int]) -> set[int]:
         """Return the units that occur in these forms."""

@@ -330,6 +330,7 @@ class Propagation(TorchDispatchMode):
     def _apply(self, call: Call, count: int) -> list[Degree | None]:
         rule = self._rules.get(call.op)
         if rule is None:
+            self.say(f"{call.op}, an operation without a rule,")
             self.freeze(call)
             return [None] * count
         result = rule(self, call)

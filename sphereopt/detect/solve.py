@@ -75,7 +75,8 @@ def solve(n: int, equations: Mapping[Form, Origin], order: Mapping[int, int]) ->
     zero: dict[int, Origin] = {}
     hard = _simplified(classes, zero, equations)
     first: dict[int, Origin] = {}
-    for form, origin in hard:
+    # What cannot scale at all tells a reader more than what must scale alike.
+    for form, origin in sorted(hard, key=lambda item: item[1].equality):
         for c in form:
             first.setdefault(c, origin)
     solution = Solution()

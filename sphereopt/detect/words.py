@@ -45,6 +45,9 @@ def in_words(origin: Origin) -> str:
         >>> in_words(Origin("output", ""))
         'the output itself scales with it'
     """
-    plain = f"no rule says that {origin.op} keeps it, or it mixes what does not scale alike"
+    if origin.equality:
+        plain = f"{origin.op} puts together what does not scale alike"
+    else:
+        plain = f"{origin.op} is not homogeneous"
     phrase = _PHRASES.get(origin.op, plain)
     return f"{phrase} (in {origin.module})" if origin.module else phrase
