@@ -39,11 +39,13 @@ class Certificate:
             factors in [1/3, 3].
         kept: Claims that stood.
         refuted: Claims that did not, and the relative output change.
+        live: Parameters without gradient that the outputs depend on all the same.
     """
 
     joint: float
     kept: list[Claim]
     refuted: list[tuple[Claim, float]]
+    live: set[str]
 
 
 @final
@@ -63,6 +65,7 @@ class Trial:
         self.twin = twin
         self._seed = seed
         self._spread = spread
+        self._changed: set[str] = set()
         self._place()
         self._reference = self._run()
         largest = max(float(t.abs().max()) for t in self._reference if t.numel())
@@ -72,54 +75,61 @@ class Trial:
             for t in self._reference
         ]
 
-    def near(self, claims: Sequence[Claim]) -> float:
-        """Return the relative output change under a random factor in [1/3, 3] per sphere."""
-        return self._rescaled(claims, None)
+    def near(self, claims: Sequence[Claim], move: Sequence[str] = ()) -> float:
+        """Return the relative output change under a random factor in [1/3, 3] per sphere.
+
+        Args:
+            claims: What to rescale.
+            move: Parameters to replace by random values at the same time.
+        """
+        self._rescale(claims, None)
+        self._move(move, 1.0)
+        return self._change()
 
     def far(self, claims: Sequence[Claim]) -> float:
         """Return the largest relative output change under factors common to all spheres."""
-        return max(self._rescaled(claims, amplitude) for amplitude in _AMPLITUDES)
+        changes = []
+        for amplitude in _AMPLITUDES:
+            self._rescale(claims, amplitude)
+            changes.append(self._change())
+        return max(changes)
 
     def holds(self, claims: Sequence[Claim]) -> bool:
         """Return whether outputs stay near the point, and far from it as far as digits go."""
         precision = self.twin.precision
         return self.near(claims) <= precision.rescaling and self.far(claims) <= precision.far
 
-    def moved(self, names: Sequence[str], size: float) -> float:
-        """Return the relative output change when parameters are moved at random.
+    def rounding(self, claims: Sequence[Claim]) -> float:
+        """Return the relative output change when all of these entries are rounded otherwise."""
+        self._move([name for claim in claims for name in claim.names], self.twin.precision.unit)
+        return self._change()
 
-        Args:
-            names: Parameters to move.
-            size: How far, relative to their rms (or to 1, where that is less).
-        """
-        gen = torch.Generator().manual_seed(self._seed)
-        for name in names:
-            p = self.twin.params[name]
-            if p.numel():
-                rms = max(float(p.detach().norm()) / p.numel() ** 0.5, 1.0 if size > 0.1 else 0.0)
-                noise = torch.randn(p.shape, generator=gen, dtype=torch.float32)
-                with torch.no_grad():
-                    p.add_(noise.to(p.device, p.dtype), alpha=size * rms)
-        return self._change(names)
-
-    def _rescaled(self, claims: Sequence[Claim], amplitude: float | None) -> float:
-        names = [name for claim in claims for name in claim.names]
+    def _rescale(self, claims: Sequence[Claim], amplitude: float | None) -> None:
+        self._restore()
         with torch.no_grad():
             for claim in claims:
                 factors = self._factors(claim.names[0], claim.count, amplitude)
                 for name, part in claim.parts.items():
                     p = self.twin.params[name]
                     p.mul_(part.along(p.ndim, factors).to(p.device, p.dtype))
-        return self._change(names)
+                    self._changed.add(name)
 
-    def _change(self, names: Iterable[str]) -> float:
-        """Run, put these parameters back, and compare."""
+    def _move(self, names: Sequence[str], size: float) -> None:
+        """Move parameters by a relative size; by 1 or more, also those that are zero."""
+        gen = torch.Generator().manual_seed(self._seed)
+        with torch.no_grad():
+            for name in names:
+                p = self.twin.params[name]
+                noise = torch.randn(p.shape, generator=gen, dtype=torch.float32)
+                noise = noise.to(p.device, p.dtype)
+                p.add_(noise if size >= 1.0 else noise * p, alpha=size)
+                self._changed.add(name)
+
+    def _change(self) -> float:
         try:
             outs = self._run()
         except NotFiniteError:
             return float("inf")
-        finally:
-            self._place(names)
         changes = [
             float((a - b).abs().max()) / scale
             for a, b, scale in zip(outs, self._reference, self._scales, strict=True)
@@ -127,7 +137,12 @@ class Trial:
         ]
         return max(changes)
 
+    def _restore(self) -> None:
+        self._place(self._changed)
+        self._changed.clear()
+
     def _place(self, names: Iterable[str] | None = None) -> None:
+        """Put parameters, or all, where they belong."""
         if self._spread is None:
             self.twin.place(None, names=names)
         else:
@@ -150,23 +165,31 @@ class Trial:
         return torch.cat([factors, factors.new_ones(1)])
 
 
-def certify(trial: Trial, proved: Sequence[Claim], numerical: Sequence[Claim]) -> Certificate:
+def certify(
+    trial: Trial, proved: Sequence[Claim], numerical: Sequence[Claim], inert: Sequence[str]
+) -> Certificate:
     """Certify all claims at once and, should that fail, find out which are wrong.
 
     Args:
         trial: At a generic point.
         proved: Claims with a proof.
-        numerical: Claims of the Euler test alone.
+        numerical: Claims of the Euler test alone; they must also stand factors of 1000.
+        inert: Parameters that get no gradient: the outputs should not depend on them.
 
     Raises:
         DetectionError: If rescaling contradicts a proof.
     """
+    if not (proved or numerical or inert):
+        return Certificate(0.0, [], [], set())
+    limit = trial.twin.precision.rescaling
     every = [*proved, *numerical]
-    if not every:
-        return Certificate(0.0, [], [])
-    if trial.holds(every):
-        return Certificate(trial.near(every), every, [])
-    if proved and not trial.holds(proved):
+    joint = trial.near(every, move=inert)
+    if joint <= limit and (not numerical or trial.far(every) <= trial.twin.precision.far):
+        return Certificate(joint, every, [], set())
+    live = set()
+    if inert and trial.near([], move=inert) > limit:
+        live = {name for name in inert if trial.near([], move=[name]) > limit}
+    if proved and trial.near(proved) > limit:
         _check(trial, proved)
     kept, refuted = list(proved), []
     for claim in numerical:
@@ -176,15 +199,13 @@ def certify(trial: Trial, proved: Sequence[Claim], numerical: Sequence[Claim]) -
             alone = max(trial.near([claim]), trial.far([claim]))
             together = max(trial.near([*kept, claim]), trial.far([*kept, claim]))
             refuted.append((claim, max(alone, together)))
-    return Certificate(trial.near(kept) if kept else 0.0, kept, refuted)
+    return Certificate(trial.near(kept) if kept else 0.0, kept, refuted, live)
 
 
 def _check(trial: Trial, proved: Sequence[Claim]) -> None:
     """Raise, unless it is rounding that moves the outputs."""
-    unit = trial.twin.precision.unit
-    rounding = trial.moved([n for claim in proved for n in claim.names], unit)
+    allowed = max(trial.twin.precision.rescaling, _SLACK * trial.rounding(proved))
     worst = trial.near(proved)
-    allowed = max(trial.twin.precision.rescaling, _SLACK * rounding)
     if worst <= allowed:
         return
     wrong = [claim for claim in proved if trial.near([claim]) > allowed]

@@ -19,30 +19,7 @@ from torch import Tensor
 
 from .claims import Claim
 from .ideal import Precision
-from .partition import Partition
 from .twin import Twin
-
-
-@final
-@dataclass(frozen=True)
-class Sums:
-    """Sums over the indices of one dim of a parameter, on the CPU, shape (size,) each.
-
-    Attributes:
-        signed: Of ``p = w * df/dw``.
-        mass: Of ``|p|``.
-        square: Of ``w**2``.
-        entries: How many entries an index has.
-    """
-
-    signed: Tensor
-    mass: Tensor
-    square: Tensor
-    entries: int
-
-    def plus(self, other: Sums) -> Sums:
-        """Return the sums of two parts of one gradient."""
-        return Sums(self.signed + other.signed, self.mass + other.mass, self.square, self.entries)
 
 
 @final
@@ -51,31 +28,17 @@ class Probe:
     """One backward, reduced to sums.
 
     Attributes:
-        sums: Name -> dim (0, and 1 for matrices) -> sums.
+        sums: Name -> dim (0, and 1 for matrices) -> sums over the indices of that dim, shape
+            (4, size): of ``p = w * df/dw``, of ``|p|``, of ``w**2``, and the number of entries.
         grads: Name -> norm of the gradient.
         typical: Median over the parameters of the mean ``|w * df/dw|`` of an entry.
         precision: Of the run.
     """
 
-    sums: Mapping[str, Mapping[int, Sums]]
+    sums: Mapping[str, Mapping[int, Tensor]]
     grads: Mapping[str, float]
     typical: float
     precision: Precision
-
-    def of(self, name: str, part: Partition) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Return signed sum, mass, square and size of every sphere, if a gradient came."""
-        sums = self.sums.get(name)
-        if sums is None:
-            return None
-        own, labels = sums[part.axis], part.labels
-        on = labels >= 0
-        zeros = own.signed.new_zeros(part.count)
-
-        def total(x: Tensor) -> Tensor:
-            return zeros.index_add(0, labels[on], x[on])
-
-        size = torch.full_like(own.mass, own.entries)
-        return total(own.signed), total(own.mass), total(own.square), total(size)
 
 
 @final
@@ -111,7 +74,7 @@ def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = Fals
     Raises:
         ValueError: If no output depends on a parameter.
     """
-    sums: dict[str, dict[int, Sums]] = {}
+    sums: dict[str, dict[int, Tensor]] = {}
     grads: dict[str, float] = {}
     gen = torch.Generator().manual_seed(seed)
     with twin.session(seed, eps=eps, dropout=dropout), _reducing(twin, sums, grads):
@@ -131,7 +94,7 @@ def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = Fals
         edges = [torch.autograd.graph.get_gradient_edge(t) for t in outs]
         torch.autograd.backward(edges, cotangents)
     noise = twin.precision.noise
-    means = torch.tensor([float(s[0].mass.sum()) / twin.params[n].numel() for n, s in sums.items()])
+    means = torch.tensor([float(s[0][1].sum() / s[0][3].sum()) for n, s in sums.items()])
     # Median of those that carry signal, or inert biases and frozen branches would set the scale.
     live = means[means > noise * means.max()] if len(means) else means
     typical = float(live.median()) if len(live) else 0.0
@@ -140,7 +103,7 @@ def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = Fals
 
 @contextmanager
 def _reducing(
-    twin: Twin, sums: dict[str, dict[int, Sums]], grads: dict[str, float]
+    twin: Twin, sums: dict[str, dict[int, Tensor]], grads: dict[str, float]
 ) -> Iterator[None]:
     """Reduce each gradient as soon as it is complete, so that they never exist all at once."""
 
@@ -150,9 +113,10 @@ def _reducing(
         grad = p.grad.to_dense() if p.grad.layout is not torch.strided else p.grad
         p.grad = None
         new = _sums(p.detach(), grad)
-        # Re-entrant activation checkpointing delivers a gradient in parts.
-        old = sums.get(name)
-        sums[name] = new if old is None else {key: old[key].plus(new[key]) for key in new}
+        for dim, old in sums.get(name, {}).items():
+            # Re-entrant activation checkpointing delivers a gradient in parts.
+            new[dim][:2] += old[:2]
+        sums[name] = new
         grads[name] = grads.get(name, 0.0) + float(grad.norm())
 
     handles = [
@@ -168,15 +132,17 @@ def _reducing(
         twin.module.zero_grad(set_to_none=True)
 
 
-def _sums(w: Tensor, grad: Tensor) -> dict[int, Sums]:
-    sums = {}
+def _sums(w: Tensor, grad: Tensor) -> dict[int, Tensor]:
     product = w * grad
-    magnitude, square = product.abs(), w * w
-    for dim in range(min(max(w.ndim, 1), 2)):
-        over = tuple(d for d in range(w.ndim) if d != dim)
-        parts = (x.sum(over) if over else x for x in (product, magnitude, square))
-        signed, mass, squared = (x.reshape(-1).double().cpu() for x in parts)
-        sums[dim] = Sums(signed, mass, squared, w.numel() // len(signed))
+    reduced = []
+    for x in (product, product.abs(), w * w):
+        # Convolution kernels are summed first: what is left is small.
+        x = x.flatten(2).sum(2) if x.ndim > 2 else x
+        reduced.append([x.sum(1), x.sum(0)] if x.ndim > 1 else [x.reshape(-1)])
+    sums = {}
+    for dim, parts in enumerate(zip(*reduced, strict=True)):
+        size = torch.full_like(parts[0], w.numel() // parts[0].numel())
+        sums[dim] = torch.stack([*parts, size]).double().cpu()
     return sums
 
 
@@ -188,9 +154,8 @@ def read(probes: Sequence[Probe], claim: Claim) -> Reading:
     for probe in probes:
         totals = torch.zeros(4, k, dtype=torch.float64)
         for name, part in claim.parts.items():
-            own = probe.of(name, part)
-            if own is not None:
-                totals += torch.stack(own)
+            if name in probe.sums:
+                totals += part.sums(probe.sums[name][part.axis])
         signed, mass, square, entries = totals
         observed = mass > probe.precision.noise * probe.typical * entries
         tiny = torch.finfo(torch.float64).tiny

@@ -79,7 +79,10 @@ def _like(part: Partition, bias: str, shapes: Shapes) -> dict[str, Partition]:
 def _finest(probes: Sequence[Probe], shapes: Shapes, name: str, bias: str | None) -> Claim | None:
     sets = [(name,)] if bias is None else [(name,), (name, bias)]
     for names in sets:
-        for claim in candidates(names, shapes):
+        # Sums of zeros are zero: no partition passes if the whole does not.
+        whole = Claim({n: Partition.whole(shapes[n]) for n in names})
+        passes = read(probes, whole).worst <= probes[0].precision.euler
+        for claim in candidates(names, shapes) if passes else ():
             reading = read(probes, claim)
             if reading.worst <= probes[0].precision.euler and reading.seen.any():
                 return claim

@@ -83,16 +83,14 @@ class Judge:
                 self._why[name] = _unexercised(int((~seen).sum()), len(seen))
         return bool(seen.all()) and all(n not in self._why for n in claim.names)
 
-    def findings(
-        self, certificate: Certificate, depends: set[str], at_real: float | None
-    ) -> list[Finding]:
+    def findings(self, certificate: Certificate, at_real: float | None) -> list[Finding]:
         """Return the findings in the model's order.
 
         Args:
             certificate: Which claims stood.
-            depends: Parameters without gradient that the outputs depend on.
             at_real: Relative output change of the rescaling at the real eps.
         """
+        depends = certificate.live
         home = {name: claim for claim in certificate.kept for name in claim.names}
         errors = {name: e for claim, e in certificate.refuted for name in claim.names}
         proved = {name for claim in self.proved for name in claim.names}
@@ -101,7 +99,9 @@ class Judge:
             if name not in self._shapes:
                 why = f"not a floating-point parameter ({p.dtype})"
                 result.append(Finding(name, tuple(p.shape), None, (), "none", None, why))
-            elif name in home and not (home[name].names == (name,) and self._is_inert(name, depends)):
+            elif name in home and not (
+                home[name].names == (name,) and self._is_inert(name, depends)
+            ):
                 status: Status = "proved" if name in proved else "numerical"
                 found = self._on_sphere(name, home[name], status, certificate.joint, at_real)
                 result.append(found)
@@ -128,9 +128,13 @@ class Judge:
             reason += "; no proof: " + self._obstacle(claim.names)
         if name in self._proof.unexercised:
             hidden = self._proof.unexercised[name]
-            reason += f" ({hidden} of {len(claim.parts[name].labels)} rows not looked up: like the rest)"
+            reason += (
+                f" ({hidden} of {len(claim.parts[name].labels)} rows not looked up: like the rest)"
+            )
         evidence = self._evidence(claim, joint, at_real)
-        return Finding(name, tuple(shape), claim.spec(self._shapes), others, status, evidence, reason)
+        return Finding(
+            name, tuple(shape), claim.spec(self._shapes), others, status, evidence, reason
+        )
 
     def _obstacle(self, names: Sequence[str]) -> str:
         origin = next((self._proof.origins[n] for n in names if n in self._proof.origins), None)

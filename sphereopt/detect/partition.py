@@ -42,6 +42,20 @@ class Partition:
         return int(self.labels.max()) + 1 if len(self.labels) else 0
 
     @property
+    def even(self) -> bool:
+        """Whether the spheres are equal runs that cover everything, in order."""
+        n, k = len(self.labels), self.count
+        return k > 0 and n % k == 0 and torch.equal(self.labels, torch.arange(n) // (n // k))
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return ``(..., count)`` sums over the indices of each sphere of ``(..., size)`` values."""
+        if self.even:
+            return values.unflatten(-1, (self.count, -1)).sum(-1)
+        on = self.labels >= 0
+        zeros = values.new_zeros(*values.shape[:-1], self.count)
+        return zeros.index_add(-1, self.labels[on], values[..., on])
+
+    @property
     def full(self) -> bool:
         """Whether every index is on a sphere."""
         return bool((self.labels >= 0).all())

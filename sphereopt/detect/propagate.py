@@ -432,6 +432,4 @@ def _storage(t: Tensor) -> int | None:
 def _is_whole(t: Tensor) -> bool:
     """Return whether a tensor lies contiguously over all of its storage."""
     nbytes = t.untyped_storage().nbytes()
-    return (
-        t.is_contiguous() and t.storage_offset() == 0 and t.numel() * t.element_size() == nbytes
-    )
+    return t.is_contiguous() and t.storage_offset() == 0 and t.numel() * t.element_size() == nbytes

@@ -98,9 +98,7 @@ def _simplified(
     classes: _Classes, zero: dict[int, Origin], equations: Mapping[Form, Origin]
 ) -> list[tuple[Vector, Origin]]:
     """Settle equations of one unknown, and those that say that two are equal; return the rest."""
-    rest = [
-        ({unit: Fraction(k) for unit, k in form}, origin) for form, origin in equations.items()
-    ]
+    rest = [({unit: Fraction(k) for unit, k in form}, origin) for form, origin in equations.items()]
     while True:
         changed, later = False, []
         for form, origin in rest:

@@ -110,6 +110,7 @@ class Twin:
         for p in self.params.values():
             p.requires_grad_(True)
         self._source = {n: p for n, p in model.named_parameters() if n in self.params}
+        self._sizes: dict[str, float] = {}
         self._twins = {id(self._source[n]): p for n, p in self.params.items()}
         self._inputs = pytree.tree_map_only(Tensor, self._detached, (tuple(args), dict(kwargs)))
         # A loss module may hold class weights, which must be of that dtype as well.
@@ -139,19 +140,25 @@ class Twin:
         point drawn from a density around it does not, with probability 1: the noise is ``spread``
         times the tensor's rms or its natural size (1 or fan_in**-0.5), whichever is larger.
         """
-        for name in self.params if names is None else names:
-            w = self._source[name].detach().to(self.precision.dtype, copy=True)
-            if seed is not None and w.numel():
-                # Seeded by name, so that one parameter can be put back without drawing the others.
-                gen = torch.Generator().manual_seed(hash_seed(seed, name))
-                # Uniform float32 with unit variance: any density does, and this is the cheapest.
-                noise = torch.empty(w.shape, dtype=torch.float32)
-                noise.uniform_(-(3**0.5), 3**0.5, generator=gen)
-                natural = (w.numel() / w.shape[0]) ** -0.5 if w.ndim > 1 else 1.0
-                rms = float(w.norm()) / w.numel() ** 0.5
-                w.add_(noise.to(w.device), alpha=spread * max(rms, natural))
-            with torch.no_grad():
-                self.params[name].copy_(w)
+        with torch.no_grad():
+            for name in self.params if names is None else names:
+                p = self.params[name].copy_(self._source[name])
+                if seed is not None and p.numel():
+                    # Seeded by name, so that one can be put back without drawing the others.
+                    gen = torch.Generator().manual_seed(hash_seed(seed, name))
+                    # Uniform float32 of unit variance: any density does, and this is the cheapest.
+                    noise = torch.empty(p.shape, dtype=torch.float32)
+                    noise.uniform_(-(3**0.5), 3**0.5, generator=gen)
+                    p.add_(noise.to(p.device), alpha=spread * self._size(name))
+
+    def _size(self, name: str) -> float:
+        """Return the rms of the user's weight, or its natural size where that is larger."""
+        if name not in self._sizes:
+            w = self._source[name].detach()
+            natural = (w.numel() / w.shape[0]) ** -0.5 if w.ndim > 1 else 1.0
+            rms = float(w.norm(dtype=torch.float32)) / w.numel() ** 0.5
+            self._sizes[name] = max(rms, natural)
+        return self._sizes[name]
 
     @contextmanager
     def session(
@@ -212,7 +219,9 @@ class Twin:
                     "the example input gives a normalization layer one value per channel, so there "
                     f"is no variance to divide by ({error}); pass a larger example batch"
                 ) from error
-            error.add_note(f"raised while running a {self.precision.dtype} copy of the model in find_spheres")
+            error.add_note(
+                f"raised while running a {self.precision.dtype} copy of the model in find_spheres"
+            )
             raise
         tensors = [t for t in pytree.tree_leaves(chosen) if isinstance(t, Tensor)]
         tensors = [t for t in tensors if t.is_floating_point()]
@@ -289,8 +298,7 @@ def _copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         twin = copy.deepcopy(model, memo).to(dtype)
     except Exception as error:
         raise TypeError(
-            "find_spheres works on a deep copy, and copying "
-            f"{type(model).__name__} failed: {error}"
+            f"find_spheres works on a deep copy, and copying {type(model).__name__} failed: {error}"
         ) from error
     if not model.training:
         # Mode is the user's where it says something: a norm in eval() inside a model in train() is

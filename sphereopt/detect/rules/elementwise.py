@@ -253,5 +253,3 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["native_dropout", "_fused_dropout"], dropout),
     **dict.fromkeys(["view_as_real", "view_as_complex", "complex"], pairs),
 }
-
-

@@ -35,9 +35,7 @@ def move(p: Propagation, call: Call) -> Any:
     ids = moved(degree.ids)
     offsets = [zip(moved(o.ids), moved(o.labels), strict=True) for o in degree.offsets]
     parts = zip(*offsets, strict=True) if offsets else [()] * len(ids)
-    return [
-        Degree(x, tuple(Offset(*o) for o in own)) for x, own in zip(ids, parts, strict=True)
-    ]
+    return [Degree(x, tuple(Offset(*o) for o in own)) for x, own in zip(ids, parts, strict=True)]
 
 
 def _several(call: Call, ids: Tensor, args: list[Any]) -> list[Tensor]:
