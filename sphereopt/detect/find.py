@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,19 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from . import euler
-from .certify import Trial, certify
-from .claims import Claim
+from .certify import DetectionError, Trial, certify
+from .copying import has_room, unwrap
 from .hypotheses import Hypotheses, hypotheses, refined
 from .ideal import DOUBLE, SINGLE, TINY_EPS, Precision
-from .judge import Judge
+from .judge import Judge, Numbers
 from .partition import Partition
 from .proof import Proof, prove
-from .report import SphereReport
-from .twin import NotFiniteError, Twin, hash_seed, preserved_rng, unwrap
+from .report import Finding, SphereReport
+from .symbolic import symbolic
+from .twin import NotFiniteError, Twin, hash_seed, preserved_rng
 
 PROBES = 2
 # Tried in turn: a model that overflows at the usual generic point may not nearer to its weights.
 _SPREADS = (0.1, 0.01, 0.001)
+
+_NO_VALUES = (
+    "The model has no values (meta device): the symbolic part alone, no numbers and no certificate."
+)
+_NO_ROOM = "No room for a copy: the symbolic part alone, no numbers and no certificate."
+_SINGLE = "Measured in float32, with ratios up to 1e-4 taken for zero: {}."
 
 
 def find_spheres(
@@ -102,12 +110,46 @@ def find_spheres(
     inputs = (args,) if isinstance(args, Tensor) else args
     inner = unwrap(model)
     choose = output if loss is None else loss
+
+    def twin(precision: Precision, device: str | None = None) -> Twin:
+        return Twin(inner, inputs, kwargs or {}, choose, precision, device)
+
     with preserved_rng(), torch.inference_mode(False), torch.enable_grad():
-        twin = Twin(inner, inputs, kwargs or {}, choose, DOUBLE)
-        return _report(twin, inner, _aliases(model, inner), seed)
+        findings, symmetries, notes = _found(twin, inner, seed)
+    named = {finding.name: finding for finding in findings}
+    return SphereReport(named, _aliases(model, inner), tuple(symmetries), notes)
 
 
-def _report(twin: Twin, model: nn.Module, aliases: dict[str, str], seed: int) -> SphereReport:
+def _found(
+    twin: Callable[..., Twin], model: nn.Module, seed: int
+) -> tuple[list[Finding], list[dict[str, float]], tuple[str, ...]]:
+    """Return findings, symmetries and notes: by numbers in some precision, or without."""
+    if any(p.is_meta for p in model.parameters()):
+        return *symbolic(twin(DOUBLE, "meta"), model, seed), (_NO_VALUES,)
+    dtypes = [precision.dtype for precision in (DOUBLE, SINGLE) if has_room(model, precision.dtype)]
+    if not dtypes:
+        return *symbolic(twin(DOUBLE, "meta"), model, seed), (_NO_ROOM,)
+    if DOUBLE.dtype not in dtypes:
+        return *_measured(twin(SINGLE), model, seed), (_SINGLE.format("there is no room for more"),)
+    try:
+        return *_measured(twin(DOUBLE), model, seed), ()
+    except (RuntimeError, TypeError) as error:
+        if not _lacks_double(error):
+            raise
+        why = _SINGLE.format(f"the model does not run in float64: {error}")
+        return *_measured(twin(SINGLE), model, seed), (why,)
+
+
+def _lacks_double(error: Exception) -> bool:
+    return not isinstance(error, DetectionError) and bool(
+        re.search("[Dd]ouble|float64", str(error))
+    )
+
+
+def _measured(
+    twin: Twin, model: nn.Module, seed: int
+) -> tuple[list[Finding], list[dict[str, float]]]:
+    """Filter by numbers, prove, certify."""
     shapes = {name: tuple(p.shape) for name, p in twin.params.items()}
     # The user's own point comes first: what is wrong with the inputs shows here, undisguised.
     twin.place(None)
@@ -116,13 +158,12 @@ def _report(twin: Twin, model: nn.Module, aliases: dict[str, str], seed: int) ->
     guess = hypotheses(probes, shapes)
     twin.place(hash_seed(seed, "proof"), spread)
     proof = _proof(twin, guess, probes, hash_seed(seed, "proof"))
-    judge = Judge(model, shapes, guess, proof, probes, real)
+    judge = Judge(model, shapes, guess, proof, Numbers(probes, real))
     certified = hash_seed(seed, "certificate")
     trial = Trial(twin, certified, spread)
     certificate = certify(trial, judge.proved, judge.numerical, sorted(guess.inert))
     at_real = Trial(twin, certified, None).near(certificate.kept) if certificate.kept else None
-    findings = judge.findings(certificate, at_real)
-    return SphereReport({f.name: f for f in findings}, aliases, tuple(proof.symmetries))
+    return judge.findings(certificate, at_real), proof.symmetries
 
 
 def _proof(twin: Twin, guess: Hypotheses, probes: list[euler.Probe], seed: int) -> Proof:

@@ -94,7 +94,7 @@ class Forms:
             return torch.full([1] * max(a.ndim, b.ndim), value)
         if b.numel() == 1 and int(b) == ZERO:
             return a if a.ndim >= b.ndim else a.reshape([1] * (b.ndim - a.ndim) + list(a.shape))
-        a, b = torch.broadcast_tensors(a, b)
+        a, b = broadcast(a, b)
         pairs, inverse = _pairs(a, b)
         sums = torch.tensor([self._plus(x, y, factor) for x, y in pairs], dtype=torch.long)
         return sums[inverse].reshape(a.shape)
@@ -118,7 +118,7 @@ class Forms:
         if a.numel() == 1 and b.numel() == 1:
             pairs = [(int(a), int(b))]
         else:
-            pairs = _pairs(*torch.broadcast_tensors(a, b))[0]
+            pairs = _pairs(*broadcast(a, b))[0]
         for x, y in pairs:
             if x != y and x != ANY and y != ANY:
                 self.equations.setdefault(self._plus(x, y, -1.0), replace(origin, equality=True))
@@ -141,13 +141,19 @@ def _pairs(a: Tensor, b: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
     return [divmod(x, base) for x in unique.tolist()], inverse
 
 
+def broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both, expanded to one shape."""
+    a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+    return a, b
+
+
 def joined(a: Tensor, b: Tensor) -> Tensor:
     """Return one of two degrees that agree: the one that is not ANY."""
     if a is b:
         return a
     if b.numel() == 1 and int(b) == ANY:
         return a if a.ndim >= b.ndim else a.reshape([1] * (b.ndim - a.ndim) + list(a.shape))
-    a, b = torch.broadcast_tensors(a, b)
+    a, b = broadcast(a, b)
     return torch.where(a == ANY, b, a)
 
 

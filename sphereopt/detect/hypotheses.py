@@ -86,8 +86,8 @@ def _finest(probes: Sequence[Probe], shapes: Shapes, name: str, bias: str | None
             reading = read(probes, claim)
             if reading.worst <= probes[0].precision.euler and reading.seen.any():
                 return claim
-    partial = [claim for names in sets if (claim := _partial(probes, names, shapes)) is not None]
-    return max(partial, key=_covered, default=None)
+    partial = [_partial(probes, names, shapes) for names in sets]
+    return max((c for c in partial if c is not None), key=_covered, default=None)
 
 
 def _covered(claim: Claim) -> int:

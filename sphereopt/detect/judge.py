@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor, nn
@@ -18,6 +19,38 @@ from .words import in_words
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What was measured.
+
+    Attributes:
+        probes: At generic points; none for a model without values.
+        real: At the model's own weights and eps.
+    """
+
+    probes: Sequence[Probe]
+    real: Probe | None
+
+    def tangent(self, claim: Claim) -> bool:
+        """Return whether the gradient agrees that these are spheres."""
+        if not self.probes:
+            return True
+        return read(self.probes, claim).worst <= self.probes[0].precision.euler
+
+    def evidence(self, claim: Claim, rescaling: float | None, at_real: float | None) -> Evidence:
+        """Return the measurements for a report."""
+        generic = read(self.probes, claim)
+        if self.real is None:
+            return Evidence(generic.worst, rescaling, None, None, len(self.probes), at_real)
+        real = read([self.real], claim)
+        grad = sum(self.real.grads.get(name, 0.0) ** 2 for name in claim.names) ** 0.5
+        seen = bool(real.seen.any())
+        radial = min(float(real.radial.sum()) ** 0.5 / grad, 1.0) if seen and grad else None
+        worst = real.worst if seen else None
+        return Evidence(generic.worst, rescaling, worst, radial, len(self.probes), at_real)
+
+
+@final
 class Judge:
     """Weighs the claims of both kinds.
 
@@ -26,8 +59,7 @@ class Judge:
         shapes: Name -> shape of its floating-point parameters.
         guess: What the numbers suggest.
         proof: What the run proves.
-        probes: At generic points.
-        real: At the model's own weights and eps.
+        numbers: What was measured.
 
     Attributes:
         proved: Claims with a proof that the gradient agrees with.
@@ -40,12 +72,11 @@ class Judge:
         shapes: Shapes,
         guess: Hypotheses,
         proof: Proof,
-        probes: Sequence[Probe],
-        real: Probe | None,
+        numbers: Numbers,
     ) -> None:
         self._parameters: Mapping[str, Tensor] = dict(model.named_parameters())
         self._shapes, self._guess, self._proof = shapes, guess, proof
-        self._probes, self._real = probes, real
+        self._numbers = numbers
         self._why: dict[str, str] = {}
         self.proved = [claim for claim in proof.claims if self._stands(claim)]
         covered = {name for claim in self.proved for name in claim.names}
@@ -64,7 +95,7 @@ class Judge:
             return False
         if all(name in self._guess.inert for name in claim.names):
             return len(self._shapes[claim.names[0]]) > 1
-        if read(self._probes, claim).worst <= self._probes[0].precision.euler:
+        if self._numbers.tangent(claim):
             return True
         for name in claim.names:
             self._why[name] = (
@@ -77,7 +108,7 @@ class Judge:
         return name in self._proof.unexercised and name not in self._proof.tables
 
     def _exercised(self, claim: Claim) -> bool:
-        seen = read(self._probes, claim).seen
+        seen = read(self._numbers.probes, claim).seen
         for name in claim.names:
             if not bool(seen.all()):
                 self._why[name] = _unexercised(int((~seen).sum()), len(seen))
@@ -149,8 +180,15 @@ class Judge:
         if name in self._guess.inert:
             reason = "no gradient reaches it, though the outputs depend on it"
             return Finding(name, shape, None, (), "none", None, reason)
-        evidence = self._evidence(whole, error, None, sphere=False)
+        evidence = self._evidence(whole, error, None)
+        if evidence is not None:
+            evidence = replace(evidence, at_real_eps=None)  # a matter of spheres
         return Finding(name, shape, None, (), "none", evidence, self._reason(name, error))
+
+    def _evidence(
+        self, claim: Claim, error: float | None, at_real: float | None
+    ) -> Evidence | None:
+        return self._numbers.evidence(claim, error, at_real) if self._numbers.probes else None
 
     def _reason(self, name: str, error: float | None) -> str:
         if error is not None:
@@ -165,19 +203,6 @@ class Judge:
         if self._parameters[name].numel() == 1:
             return "a single entry: it has no direction"
         return "its spheres have no spec, or overlap with those of other parameters"
-
-    def _evidence(
-        self, claim: Claim, rescaling: float | None, at_real: float | None, sphere: bool = True
-    ) -> Evidence:
-        generic = read(self._probes, claim)
-        if self._real is None:
-            return Evidence(generic.worst, rescaling, None, None, len(self._probes), at_real)
-        real = read([self._real], claim)
-        grad = sum(self._real.grads.get(name, 0.0) ** 2 for name in claim.names) ** 0.5
-        seen = bool(real.seen.any())
-        radial = min(float(real.radial.sum()) ** 0.5 / grad, 1.0) if seen and grad else None
-        worst = real.worst if sphere and seen else None
-        return Evidence(generic.worst, rescaling, worst, radial, len(self._probes), at_real)
 
 
 def _unexercised(count: int, n: int) -> str:

@@ -48,9 +48,9 @@ class Partition:
         return k > 0 and n % k == 0 and torch.equal(self.labels, torch.arange(n) // (n // k))
 
     def sums(self, values: Tensor) -> Tensor:
-        """Return ``(..., count)`` sums over the indices of each sphere of ``(..., size)`` values."""
+        """Return sums over the indices of each sphere: ``(..., size)`` to ``(..., count)``."""
         if self.even:
-            return values.unflatten(-1, (self.count, -1)).sum(-1)
+            return values.reshape(*values.shape[:-1], self.count, -1).sum(-1)
         on = self.labels >= 0
         zeros = values.new_zeros(*values.shape[:-1], self.count)
         return zeros.index_add(-1, self.labels[on], values[..., on])

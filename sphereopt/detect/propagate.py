@@ -8,7 +8,7 @@ results. Operations without a rule, and values that leave the graph, must have d
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
@@ -129,7 +129,7 @@ class Propagation(TorchDispatchMode):
     """
 
     def __init__(self, rules: Mapping[str, Rule], moving: Collection[str] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.forms = Forms()
         self.seen: set[int] = set()
         self.operations = 0
@@ -137,8 +137,9 @@ class Propagation(TorchDispatchMode):
         self.looked_up: set[int] = set()
         self._rules = rules
         self._moving = frozenset(moving)
-        self._degrees = WeakTensorKeyDictionary()
-        self._data = WeakTensorKeyDictionary()  # tensors whose zeros are accidents of the input
+        self._degrees: MutableMapping[Tensor, Degree] = _by_tensor()
+        # Tensors whose zeros are accidents of the input.
+        self._data: MutableMapping[Tensor, bool] = _by_tensor()
         self._views: dict[int, list[weakref.ref[Tensor]]] = {}
         self._module: list[str] = []
         self._op = ""
@@ -153,8 +154,7 @@ class Propagation(TorchDispatchMode):
 
     def degree(self, t: Tensor) -> Degree | None:
         """Return what is known of a tensor; None for a constant."""
-        found: Degree | None = self._degrees.get(t)
-        return found
+        return self._degrees.get(t)
 
     def ids(self, t: Tensor, ndim: int | None = None) -> Tensor:
         """Return the degrees of a tensor's entries, settling its offsets.
@@ -180,11 +180,11 @@ class Propagation(TorchDispatchMode):
         return ids
 
     def _constant(self, t: Tensor) -> Tensor:
-        if t.is_floating_point() and 0 < t.numel() <= _LOOKED_AT:
-            if not t.is_meta and t not in self._data:
-                none = (t == 0) | t.isinf()
-                if bool(none.any()):
-                    return compressed(torch.where(none.cpu(), ANY, ZERO))
+        readable = t.is_floating_point() and not t.is_meta and 0 < t.numel() <= _LOOKED_AT
+        if readable and t not in self._data:
+            none = (t == 0) | t.isinf()
+            if bool(none.any()):
+                return compressed(torch.where(none.cpu(), ANY, ZERO))
         return torch.full([1] * t.ndim, ZERO)
 
     def zero(self, ids: Tensor) -> None:
@@ -204,10 +204,11 @@ class Propagation(TorchDispatchMode):
                 ids = one
         return ids
 
-    def freeze(self, call: Call) -> None:
-        """Ask for degree zero of every input: the result is then a constant."""
+    def freeze(self, call: Call) -> Degree | None:
+        """Ask for degree zero of every input; return that the result is then a constant."""
         for t in call.tensors:
             self.zero(self.ids(t))
+        return None
 
     def say(self, op: str) -> None:
         """Give the operation at hand a name for readers."""
@@ -389,6 +390,11 @@ class Propagation(TorchDispatchMode):
             self.set(o, Degree(book.as_strided(o.shape, o.stride(), o.storage_offset())))
 
 
+def _by_tensor() -> Any:
+    """Return a mapping that does not keep its keys alive."""
+    return WeakTensorKeyDictionary()
+
+
 def aligned(ids: Tensor, ndim: int) -> Tensor:
     """Return the tensor with leading dims of size 1 up to ``ndim``."""
     return ids if ids.ndim >= ndim else ids.reshape([1] * (ndim - ids.ndim) + list(ids.shape))
@@ -396,11 +402,34 @@ def aligned(ids: Tensor, ndim: int) -> Tensor:
 
 # Results whose zeros do not depend on any input.
 _STRUCTURAL = frozenset(
-    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()
+    [
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+    ]
 )
 _RANDOM = frozenset(
-    "bernoulli rand randn rand_like randn_like uniform normal exponential random multinomial "
-    "native_dropout geometric log_normal cauchy".split()
+    [
+        "bernoulli",
+        "rand",
+        "randn",
+        "rand_like",
+        "randn_like",
+        "uniform",
+        "normal",
+        "exponential",
+        "random",
+        "multinomial",
+        "native_dropout",
+        "geometric",
+        "log_normal",
+        "cauchy",
+    ]
 )
 
 

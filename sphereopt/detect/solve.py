@@ -154,7 +154,8 @@ def _solve_system(
         basis.append(vector)
     taken: set[int] = set()
     # Small spheres first; among equals the one that was used last.
-    for vector in sorted(reversed(basis), key=len):
+    basis.reverse()
+    for vector in sorted(basis, key=len):
         units = {u: float(k) for c, k in vector.items() for u in members[c]}
         if all(k == 1 for k in vector.values()) and taken.isdisjoint(vector):
             taken |= vector.keys()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .copying import copied
 from .ideal import IdealArithmetic, Precision, eps_attributes
 
 Choose = Callable[[Any], Any]
@@ -26,14 +27,6 @@ _MOST_DROPOUT = 0.5
 
 class NotFiniteError(ValueError):
     """The outputs contain inf or NaN."""
-
-
-@final
-class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm without the check of the input's dimension, in the place of SyncBatchNorm."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        del input
 
 
 @contextmanager
@@ -67,17 +60,6 @@ def _seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002  models use the legacy generator
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile, DataParallel and DistributedDataParallel wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 @final
 class Twin:
     """The copy, the inputs, and what counts as the function.
@@ -88,6 +70,7 @@ class Twin:
         kwargs: keyword inputs.
         choose: maps the model's output to the tensors that count as the function, or ``None``.
         precision: dtype of the copy.
+        device: "meta" for a copy without values, or ``None`` to stay where the model is.
 
     Attributes:
         precision: the same.
@@ -102,20 +85,22 @@ class Twin:
         kwargs: Mapping[str, Any],
         choose: Choose | None,
         precision: Precision,
+        device: str | None = None,
     ) -> None:
-        _check_parameters(model)
         self.precision = precision
-        self.module = _copied(model, precision.dtype)
+        self._device = device
+        self.module, self._source = copied(model, precision.dtype, device)
         self.params = {n: p for n, p in self.module.named_parameters() if p.is_floating_point()}
         for p in self.params.values():
             p.requires_grad_(True)
-        self._source = {n: p for n, p in model.named_parameters() if n in self.params}
         self._sizes: dict[str, float] = {}
-        self._twins = {id(self._source[n]): p for n, p in self.params.items()}
+        originals = {n: p for n, p in model.named_parameters() if n in self.params}
+        self._twins = {id(p): self.params[n] for n, p in originals.items()}
         self._inputs = pytree.tree_map_only(Tensor, self._detached, (tuple(args), dict(kwargs)))
         # A loss module may hold class weights, which must be of that dtype as well.
-        module = isinstance(choose, nn.Module)
-        self._choose = copy.deepcopy(choose).to(precision.dtype) if module else choose  # type: ignore[attr-defined]
+        self._choose = choose
+        if isinstance(choose, nn.Module):
+            self._choose = copy.deepcopy(choose).to(device or None, precision.dtype)
         self._eps = eps_attributes(self.module)
         self._dropouts = [
             m
@@ -186,7 +171,7 @@ class Twin:
         _seed_all(seed)
         with ExitStack() as stack:
             stack.enter_context(_default_dtype(self.precision.dtype))
-            for device in {p.device.type for p in self.params.values()}:
+            for device in {p.device.type for p in self.params.values()} - {"meta"}:
                 stack.enter_context(torch.autocast(device, enabled=False))
             if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -197,7 +182,8 @@ class Twin:
             yield
 
     def _detached(self, t: Tensor) -> Tensor:
-        return t.detach().to(self.precision.dtype) if t.is_floating_point() else t.detach()
+        t = t.detach() if self._device is None else t.detach().to(self._device)
+        return t.to(self.precision.dtype) if t.is_floating_point() else t
 
     def fresh_inputs(self) -> Any:
         """Return a copy of (args, kwargs), which the model may write to."""
@@ -230,7 +216,7 @@ class Twin:
                 f"the model's output ({type(out).__name__}) has no floating-point tensor; pass "
                 "output=, a function that selects the tensors that count"
             )
-        if not all(bool(t.isfinite().all()) for t in tensors):
+        if not all(t.is_meta or bool(t.isfinite().all()) for t in tensors):
             raise NotFiniteError("the model's outputs contain inf or NaN on the example input")
         return tensors
 
@@ -262,53 +248,3 @@ def _default_choice(out: Any) -> Any:
                 return out[key]
         return dict(out)
     return out
-
-
-def _check_parameters(model: nn.Module) -> None:
-    for name, p in model.named_parameters():
-        if nn.parameter.is_lazy(p):
-            raise ValueError(
-                f"parameter {name!r} is not initialized; run the model once before find_spheres"
-            )
-        if p.is_meta:
-            raise ValueError(f"parameter {name!r} is on the meta device; give it values first")
-        if hasattr(p, "placements") and hasattr(p, "device_mesh"):
-            raise ValueError(
-                f"parameter {name!r} is sharded (DTensor); call find_spheres before the model is "
-                "wrapped or parallelized, the names in the report carry over"
-            )
-    for module in model.modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                "the model is wrapped in FullyShardedDataParallel; call find_spheres before "
-                "wrapping, the names in the report carry over"
-            )
-
-
-def _copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    # Tensors computed by an earlier forward (the older weight_norm keeps its weight) refuse to be
-    # copied; the next forward computes them again.
-    memo: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    try:
-        twin = copy.deepcopy(model, memo).to(dtype)
-    except Exception as error:
-        raise TypeError(
-            f"find_spheres works on a deep copy, and copying {type(model).__name__} failed: {error}"
-        ) from error
-    if not model.training:
-        # Mode is the user's where it says something: a norm in eval() inside a model in train() is
-        # frozen on purpose. A model that is in eval() as a whole says only that it is not training.
-        twin.train()
-    for module in twin.modules():
-        module._compiled_call_impl = None
-        if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = _AnyBatchNorm  # type: ignore[assignment]
-        for name, value in list(vars(module).items()):  # tensors that are not registered as buffers
-            if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, name, value.to(dtype))
-    return twin

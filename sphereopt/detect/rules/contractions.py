@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -47,7 +46,8 @@ def product(p: Propagation, x: Tensor, y: Tensor) -> Degree:
     offsets = []
     for offset in degree.offsets:
         ids = contract(p, offset.ids, b)
-        own = [*torch.broadcast_shapes(offset.labels.shape[:-2], y.shape[:-2]), 1, y.shape[-1]]
+        batch = offset.labels[..., 0, 0].expand(y.shape[:-2]).shape
+        own = [*batch, 1, y.shape[-1]]
         offsets.append(Offset(ids.expand(own), p.fresh_labels(own)))
     return Degree(contract(p, degree.ids, b), tuple(offsets))
 
@@ -136,10 +136,7 @@ def _by_group(kernel: Tensor, w: Tensor, groups: int, transposed: bool) -> Tenso
 def _convolved(p: Propagation, ids: Tensor, b: Tensor, groups: int, shape: torch.Size) -> Tensor:
     """Contract (n, channels, 1...) with (group, in, out)."""
     n, channels = ids.shape[0], ids.shape[1]
-    if channels > 1:
-        a = ids.reshape(n, groups, -1).transpose(0, 1)
-    else:
-        a = ids.reshape(1, n, 1)
+    a = ids.reshape(n, groups, -1).transpose(0, 1) if channels > 1 else ids.reshape(1, n, 1)
     out = contract(p, a, b)  # (group, n, out)
     if out.shape[0] > 1 or out.shape[2] > 1:
         out = out.expand(groups, out.shape[1], shape[1] // groups)

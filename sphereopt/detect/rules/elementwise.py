@@ -91,7 +91,7 @@ def _cancels(dx: Degree, dy: Degree) -> bool:
     if not dx.offsets or len(dx.offsets) != len(dy.offsets):
         return False
     pairs = zip(dx.offsets, dy.offsets, strict=True)
-    return all(_agree(*torch.broadcast_tensors(a.labels, b.labels)) for a, b in pairs)
+    return all(_agree(a.labels, b.labels) for a, b in pairs)
 
 
 def extremum(p: Propagation, call: Call) -> Degree:
@@ -155,7 +155,8 @@ def threshold(p: Propagation, call: Call) -> Degree | None:
 def where(p: Propagation, call: Call) -> Degree | None:
     """Choose between equals."""
     if "other" not in call.bound:
-        return scale_free(p, call)  # the indices of what is not zero
+        scale_free(p, call)  # the indices of what is not zero
+        return None
     ndim = len(call.shapes[0])
     a, b = p.ids(call["self"], ndim), p.ids(call["other"], ndim)
     p.equal(a, b)
@@ -232,11 +233,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ZERO.split(), zero),
     **dict.fromkeys(_SHAPE_ONLY.split(), shape_only),
     **dict.fromkeys(_SCALE_FREE.split(), scale_free),
-    **dict.fromkeys("gt lt ge le eq ne".split(), compare),
+    **dict.fromkeys(["gt", "lt", "ge", "le", "eq", "ne"], compare),
     **dict.fromkeys(["add", "sub", "rsub"], add),
-    **dict.fromkeys("maximum minimum fmax fmin".split(), extremum),
+    **dict.fromkeys(["maximum", "minimum", "fmax", "fmin"], extremum),
     **dict.fromkeys(["mul", "multiply"], _multiply(1.0)),
-    **dict.fromkeys("div divide true_divide".split(), _multiply(-1.0)),
+    **dict.fromkeys(["div", "divide", "true_divide"], _multiply(-1.0)),
     "addcmul": partial(fused_multiply_add, sign=1.0),
     "addcdiv": partial(fused_multiply_add, sign=-1.0),
     "lerp": lerp,
@@ -245,7 +246,7 @@ RULES: dict[str, Rule] = {
     "sqrt": _power(0.5),
     "rsqrt": _power(-0.5),
     "reciprocal": _power(-1.0),
-    **dict.fromkeys("clamp clamp_min clamp_max clip hardtanh".split(), clamp),
+    **dict.fromkeys(["clamp", "clamp_min", "clamp_max", "clip", "hardtanh"], clamp),
     "threshold": threshold,
     "where": where,
     "masked_fill": masked_fill,

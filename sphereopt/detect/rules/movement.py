@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphereopt.detect.forms import ANY, ZERO
+from sphereopt.detect.forms import ANY, ZERO, joined
 from sphereopt.detect.propagate import Call, Degree, Offset, Propagation, Rule, aligned
 
 
@@ -32,10 +32,10 @@ def move(p: Propagation, call: Call) -> Any:
         ]
         return _several(call, ids.expand(source.shape), args)
 
-    ids = moved(degree.ids)
+    parts_of_h = moved(degree.ids)
     offsets = [zip(moved(o.ids), moved(o.labels), strict=True) for o in degree.offsets]
-    parts = zip(*offsets, strict=True) if offsets else [()] * len(ids)
-    return [Degree(x, tuple(Offset(*o) for o in own)) for x, own in zip(ids, parts, strict=True)]
+    parts = zip(*offsets, strict=True) if offsets else [()] * len(parts_of_h)
+    return [Degree(x, tuple(Offset(*o) for o in own)) for x, own in zip(parts_of_h, parts, strict=True)]
 
 
 def _several(call: Call, ids: Tensor, args: list[Any]) -> list[Tensor]:
@@ -104,7 +104,7 @@ def embedding(p: Propagation, call: Call) -> Degree:
     """Rows looked up."""
     weight, index = call["weight"], call["indices"]
     ids = p.ids(weight)
-    p.looked_up |= p.forms.units_in(ids.unique().tolist())
+    p.looked_up |= p.forms.units_in(torch.unique(ids).tolist())
     if ids.shape[0] == 1:
         return Degree(ids.reshape([1] * index.ndim + [ids.shape[1]]))
     if index.is_meta:
@@ -117,20 +117,18 @@ def join(p: Propagation, call: Call) -> Degree:
     tensors = [t for t in call["tensors"] if t.numel() or t.ndim > 1]
     dim = call["dim"] % max(tensors[0].ndim, 1)
     ndim = tensors[0].ndim
-    shape = list(torch.broadcast_shapes(*(_but(p.ids(t).shape, dim) for t in tensors)))
-    parts = [p.ids(t).expand(*shape[:dim], t.shape[dim], *shape[dim + 1 :]) for t in tensors]
-    return Degree(torch.cat(parts, dim).reshape([*shape[:dim], -1, *shape[dim + 1 : ndim]]))
+    every = [p.ids(t) for t in tensors]
+    # The other dims stay of size 1 where they are so in all.
+    shape = [max(ids.shape[d] for ids in every) for d in range(ndim)]
+    sizes = [[t.shape[d] if d == dim else n for d, n in enumerate(shape)] for t in tensors]
+    return Degree(torch.cat([ids.expand(n) for ids, n in zip(every, sizes, strict=True)], dim))
 
 
 def stack(p: Propagation, call: Call) -> Degree:
     """``stack``."""
     dim = call["dim"] % len(call.shapes[0])
-    parts = torch.broadcast_tensors(*(p.ids(t) for t in call["tensors"]))
-    return Degree(torch.stack(list(parts), dim))
-
-
-def _but(shape: torch.Size, dim: int) -> list[int]:
-    return [1 if d == dim else n for d, n in enumerate(shape)]
+    shape = call["tensors"][0].shape
+    return Degree(torch.stack([p.ids(t).expand(shape) for t in call["tensors"]], dim))
 
 
 def write(p: Propagation, call: Call) -> Degree:
@@ -142,18 +140,13 @@ def write(p: Propagation, call: Call) -> Degree:
     new = _ids_of(p, source, target.ndim)
     new = p.along(new, [dim]) if target.ndim else new
     p.equal(before, new)
-    return Degree(_merged(before, new))
+    return Degree(joined(before, new))
 
 
 def _ids_of(p: Propagation, value: Any, ndim: int) -> Tensor:
     if isinstance(value, Tensor):
         return p.ids(value, ndim)
     return torch.full([1] * ndim, _of_number(float(value)))
-
-
-def _merged(a: Tensor, b: Tensor) -> Tensor:
-    a, b = torch.broadcast_tensors(a, b)
-    return torch.where(a == ANY, b, a)
 
 
 def write_anywhere(p: Propagation, call: Call) -> Degree:
@@ -164,7 +157,7 @@ def write_anywhere(p: Propagation, call: Call) -> Degree:
     new = p.along(p.ids(source), list(range(source.ndim)))
     new = new.reshape([1] * target.ndim)
     p.equal(before, new)
-    return Degree(_merged(before, new))
+    return Degree(joined(before, new))
 
 
 def slice_scatter(p: Propagation, call: Call) -> Degree:
@@ -185,7 +178,9 @@ _MOVES = (
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVES.split(), move),
-    **dict.fromkeys("clone detach alias contiguous lift lift_fresh positive conj".split(), keep),
+    **dict.fromkeys(
+        ["clone", "detach", "alias", "contiguous", "lift", "lift_fresh", "positive", "conj"], keep
+    ),
     **dict.fromkeys(["_to_copy", "to"], cast),
     **dict.fromkeys(["_conj", "_neg_view", "resolve_conj", "resolve_neg"], keep),
     "copy": copy,
@@ -194,7 +189,7 @@ RULES: dict[str, Rule] = {
     "constant_pad_nd": pad,
     **dict.fromkeys(
         [
-            *"im2col pixel_shuffle pixel_unshuffle native_channel_shuffle".split(),
+            *["im2col", "pixel_shuffle", "pixel_unshuffle", "native_channel_shuffle"],
             *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
         ],
         in_floats,
@@ -203,7 +198,7 @@ RULES: dict[str, Rule] = {
     "embedding": embedding,
     **dict.fromkeys(["cat", "concat"], join),
     "stack": stack,
-    **dict.fromkeys("index_add index_copy index_reduce scatter scatter_add".split(), write),
+    **dict.fromkeys(["index_add", "index_copy", "index_reduce", "scatter", "scatter_add"], write),
     "scatter_reduce": write,
     **dict.fromkeys(
         ["index_put", "_index_put_impl", "_unsafe_index_put", "masked_scatter"], write_anywhere

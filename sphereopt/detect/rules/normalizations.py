@@ -93,9 +93,15 @@ def weight_norm(p: Propagation, call: Call) -> list[Degree | None]:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
-        "_native_batch_norm_legit_no_training _batch_norm_with_update cudnn_batch_norm "
-        "miopen_batch_norm".split(),
+        [
+            "native_batch_norm",
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_functional",
+            "_native_batch_norm_legit_no_training",
+            "_batch_norm_with_update",
+            "cudnn_batch_norm",
+            "miopen_batch_norm",
+        ],
         batch_norm,
     ),
     "native_layer_norm": layer_norm,

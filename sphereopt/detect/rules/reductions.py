@@ -1,4 +1,4 @@
-"""Operations that reduce, sort, scan or pool: everything they put together must be of one degree."""
+"""Operations that reduce, sort, scan or pool: all they put together must be of one degree."""
 
 from __future__ import annotations
 
@@ -101,15 +101,15 @@ def pool(p: Propagation, call: Call) -> Any:
     """Pooling and interpolation: linear, or a maximum, over a neighbourhood."""
     x = call.args[0]
     dims = list(range(2, x.ndim)) if x.ndim > 2 else list(range(x.ndim))
-    if call.op.endswith("3d") and x.ndim == 4 or call.op.endswith("2d") and x.ndim == 3:
+    if (call.op.endswith("3d") and x.ndim == 4) or (call.op.endswith("2d") and x.ndim == 3):
         dims = list(range(1, x.ndim))  # without a batch
     degree = p.degree(x)
     padded = call.get("padding") or [0]
     # Padding of a maximum is -inf, but a mean counts zeros in, which have no offset.
     whole = "max" in call.op or not any(padded)
-    if call.op in _POOLS_KEEPING_OFFSET and whole and degree is not None:
-        if degree.constant_offsets(dims):
-            return [degree.each(lambda ids: p.along(ids, dims)), None]
+    keeps = call.op in _POOLS_KEEPING_OFFSET and whole
+    if keeps and degree is not None and degree.constant_offsets(dims):
+        return [degree.each(lambda ids: p.along(ids, dims)), None]
     return [Degree(p.along(p.ids(x), dims)), None]
 
 
@@ -151,12 +151,14 @@ _ZERO = (
 )
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys("sum mean amax amin nansum linalg_vector_norm norm".split(), reduce),
+    **dict.fromkeys(
+        ["sum", "mean", "amax", "amin", "nansum", "linalg_vector_norm", "norm"], reduce
+    ),
     **dict.fromkeys(["max", "min"], extremum),
-    **dict.fromkeys("topk sort kthvalue median mode".split(), select),
-    **dict.fromkeys("argmax argmin argsort".split(), indices),
-    **dict.fromkeys("cumsum cummax cummin".split(), scan),
-    **dict.fromkeys("var std var_mean std_mean".split(), variance),
+    **dict.fromkeys(["topk", "sort", "kthvalue", "median", "mode"], select),
+    **dict.fromkeys(["argmax", "argmin", "argsort"], indices),
+    **dict.fromkeys(["cumsum", "cummax", "cummin"], scan),
+    **dict.fromkeys(["var", "std", "var_mean", "std_mean"], variance),
     **dict.fromkeys(_ZERO.split(), zero),
     **dict.fromkeys([*_POOLS_KEEPING_OFFSET, *_INTERPOLATIONS.split()], pool),
     **dict.fromkeys(["grid_sampler_2d", "grid_sampler_3d"], grid_sample),
