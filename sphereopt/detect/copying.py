@@ -67,10 +67,8 @@ def copied(
         device: "meta" for a copy without values.
 
     Raises:
-        ValueError: If a parameter has no shape yet, or is sharded otherwise.
         TypeError: If the model cannot be copied.
     """
-    _check(model)
     sources = {name: _full(p) for name, p in model.named_parameters()}
     memo = _memo(model, sources, device)
     try:
@@ -120,7 +118,8 @@ def _memo(model: nn.Module, sources: Sources, device: str | None) -> dict[int, A
     return memo
 
 
-def _check(model: nn.Module) -> None:
+def check(model: nn.Module) -> None:
+    """Raise a ValueError if a parameter has no shape yet, or is sharded by something unknown."""
     covered = set(_under_fsdp(model))
     for name, p in model.named_parameters():
         if nn.parameter.is_lazy(p):

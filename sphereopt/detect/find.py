@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import euler
 from .certify import DetectionError, Trial, certify
-from .copying import has_room, unwrap
+from .copying import check, has_room, unwrap
 from .hypotheses import Hypotheses, hypotheses, refined
 from .ideal import DOUBLE, SINGLE, TINY_EPS, Precision
 from .judge import Judge, Numbers
@@ -109,6 +109,7 @@ def find_spheres(
         raise ValueError("both loss and output are given; let the one function do what both should")
     inputs = (args,) if isinstance(args, Tensor) else args
     inner = unwrap(model)
+    check(inner)
     choose = output if loss is None else loss
 
     def twin(precision: Precision, device: str | None = None) -> Twin:

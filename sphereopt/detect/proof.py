@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
@@ -72,7 +73,8 @@ def prove(twin: Twin, parts: Mapping[str, Partition], seed: int) -> Proof:
         seed: For the model's randomness.
     """
     p, units = Propagation(RULES, MOVING), _Units(parts)
-    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
+    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the missing gradients; the probes have shown others
         session = twin.session(seed, eps=TINY_EPS, dropout=True, on_escape=p.escape)
         with session, p.modules(twin.module):
             inputs = twin.fresh_inputs()

@@ -243,7 +243,7 @@ class Propagation(TorchDispatchMode):
 
     def escape(self, t: Tensor) -> None:
         """Ask for degree zero of a tensor whose values leave torch (numpy, tolist)."""
-        with _disable_current_modes():  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
             if self.degree(t) is not None:
                 self._op = "a value that leaves torch"
                 self.zero(self.ids(t))

@@ -35,7 +35,8 @@ def move(p: Propagation, call: Call) -> Any:
     parts_of_h = moved(degree.ids)
     offsets = [zip(moved(o.ids), moved(o.labels), strict=True) for o in degree.offsets]
     parts = zip(*offsets, strict=True) if offsets else [()] * len(parts_of_h)
-    return [Degree(x, tuple(Offset(*o) for o in own)) for x, own in zip(parts_of_h, parts, strict=True)]
+    both = zip(parts_of_h, parts, strict=True)
+    return [Degree(x, tuple(Offset(*o) for o in own)) for x, own in both]
 
 
 def _several(call: Call, ids: Tensor, args: list[Any]) -> list[Tensor]:
@@ -110,6 +111,15 @@ def embedding(p: Propagation, call: Call) -> Degree:
     if index.is_meta:
         return Degree(p.along(ids, [0]).reshape([1] * index.ndim + [ids.shape[1]]))
     return Degree(ids[index.cpu()])
+
+
+def embedding_bag(p: Propagation, call: Call) -> list[Degree | None]:
+    """Rows looked up and reduced by the bag: all of one degree."""
+    weights = call.get("per_sample_weights")
+    if weights is not None:
+        p.zero(p.ids(weights))
+    ids = p.along(p.ids(call["weight"]), [0])
+    return [Degree(ids)]
 
 
 def join(p: Propagation, call: Call) -> Degree:
@@ -196,6 +206,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(["tril", "triu"], triangle),
     "embedding": embedding,
+    **dict.fromkeys(["_embedding_bag", "_embedding_bag_forward_only"], embedding_bag),
     **dict.fromkeys(["cat", "concat"], join),
     "stack": stack,
     **dict.fromkeys(["index_add", "index_copy", "index_reduce", "scatter", "scatter_add"], write),
