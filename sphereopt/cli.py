@@ -12,6 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from sphereopt import cli_audit
+
 if TYPE_CHECKING:
     from sphereopt.train import Config, Dataset, Results
     from sphereopt.train.loop import Progress
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 130 for one that was interrupted.
+        The exit code: 0, 1 for a run that failed, 3 for a model that could not be analysed in full,
+        130 for a command that was interrupted.
 
     Raises:
         SystemExit: With code 2 and one line on stderr if an option cannot be used.
@@ -49,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
+    cli_audit.add_command(commands)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         args.parser.error(f"unknown arguments {' '.join(unknown)}; see {args.parser.prog} --help")
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except KeyboardInterrupt:
-        print(f"{args.parser.prog}: interrupted; what was logged is kept", file=sys.stderr)
+        print(f"{args.parser.prog}: {args.interrupted}", file=sys.stderr)
         return 130
 
 
@@ -90,7 +94,9 @@ def _add_train(commands: Any) -> None:
         help="folder for the JSONL files, results.json and report.html (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON, only")
-    parser.set_defaults(run=_train, parser=parser)
+    parser.set_defaults(
+        run=_train, parser=parser, interrupted="interrupted; what was logged is kept"
+    )
 
 
 def _whole(text: str) -> int:

@@ -4,6 +4,9 @@ Every function takes a point ``w`` (any shape, dtype and memory layout) and a ``
 says which entries share a norm; radii are those of the point. Below, per sphere, :math:`r=|w|` and
 :math:`\hat w=w/r`. Results have the dtype and layout of their tensor argument, sums run in float32
 or wider, and nothing divides zero by zero: a zero sphere is a point, and stays where it is.
+
+Where a spec has pieces, the rows that none of them covers are no part of the geometry: points keep
+theirs, and tangent vectors are zero there.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ __all__ = [
 TRANSPORTS = ("project", "parallel", "rescale", "none")
 
 
-def _checked(sphere: str, *tensors: Tensor) -> list[Tensor]:
-    """Return tensors that must have one shape as ``(k, ...)``, float32 or wider, to be read."""
+def _checked(sphere: str, *tensors: Tensor) -> tuple[list[Tensor], ...]:
+    """Return the pieces of each tensor (of one shape) as ``(k, ...)``, float32 or wider."""
     shape = tensors[0].shape
     spheres.check(sphere, shape)
     for tensor in tensors[1:]:
@@ -43,16 +46,31 @@ def _checked(sphere: str, *tensors: Tensor) -> list[Tensor]:
                 "they must agree"
             )
     # Half precision is widened here and rounded once, in _like.
-    return [v.to(products.accumulator(v.dtype)) for v in (spheres.view(x, sphere) for x in tensors)]
+    return tuple(
+        [v.to(products.accumulator(v.dtype)) for v in spheres.split(x, sphere)] for x in tensors
+    )
 
 
-def _like(result: Tensor, tensor: Tensor, sphere: str) -> Tensor:
-    """Undo :func:`sphereopt.spheres.view`: the shape, dtype and layout of the tensor again."""
+def _apart(views: Sequence[Tensor]) -> list[int]:
+    """Return the ``members`` of :mod:`sphereopt.products`: each piece has spheres of its own."""
+    return [1] * len(views)
+
+
+def _like(results: Sequence[Tensor], tensor: Tensor, sphere: str, *, keep: bool = False) -> Tensor:
+    """Undo :func:`_checked`; rows without a sphere keep the tensor's values, or are zero."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    if spheres.parse(sphere).kind == "col":
-        result = result.reshape(real.movedim(1, 0).shape).movedim(0, 1)
-    result = result.reshape(real.shape).to(real.dtype)
-    return torch.view_as_complex(result) if tensor.is_complex() else result
+    specs = [spheres.parse(piece) for piece in spheres.pieces(sphere)]
+    if specs[0].stop is None:
+        (whole,) = results
+        if specs[0].kind == "col":
+            whole = whole.reshape(real.movedim(1, 0).shape).movedim(0, 1)
+        whole = whole.reshape(real.shape).to(real.dtype)
+    else:
+        whole = real if keep else torch.zeros_like(real)
+        for spec, result in zip(specs, results, strict=True):
+            rows = result.reshape(real[spec.start : spec.stop].shape).to(real.dtype)
+            whole = whole.slice_scatter(rows, 0, spec.start, spec.stop)
+    return torch.view_as_complex(whole) if tensor.is_complex() else whole
 
 
 def norm(w: Tensor, sphere: str = "tensor") -> Tensor:
@@ -72,8 +90,8 @@ def norm(w: Tensor, sphere: str = "tensor") -> Tensor:
         >>> norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), "row")
         tensor([5., 0.], dtype=torch.float64)
     """
-    (v,) = _checked(sphere, w)
-    return _root(products.dot([v], [v]))
+    (vs,) = _checked(sphere, w)
+    return _root(products.dot(vs, vs, _apart(vs)))
 
 
 def tangent(w: Tensor, x: Tensor, sphere: str = "tensor") -> Tensor:
@@ -85,7 +103,7 @@ def tangent(w: Tensor, x: Tensor, sphere: str = "tensor") -> Tensor:
         sphere: Sphere spec.
 
     Returns:
-        A tensor like x; x itself where w is zero.
+        A tensor like x; x itself where w is zero, and zero where no sphere is.
 
     Raises:
         ValueError: If the spec does not fit, or the shapes differ.
@@ -98,18 +116,16 @@ def tangent(w: Tensor, x: Tensor, sphere: str = "tensor") -> Tensor:
         >>> tangent(torch.tensor([2.0, 0.0]), torch.tensor([5.0, 7.0]))
         tensor([0., 7.])
     """
-    wv, xv = _checked(sphere, w, x)
-    (result,) = products.project([xv], [wv])
-    return _like(result, x, sphere)
+    ws, xs = _checked(sphere, w, x)
+    return _like(products.project(xs, ws, members=_apart(ws)), x, sphere)
 
 
 def _move(name: str, w: Tensor, t: Tensor, sphere: str) -> Tensor:
-    wv, tv = _checked(sphere, w, t)
-    g = products.gram([wv], [tv])
+    ws, ts = _checked(sphere, w, t)
+    g = products.gram(ws, ts, members=_apart(ws))
     # Not moves.coefficients: it makes b zero for a zero t, and with it the derivative by t.
     a, b = moves.MOVES[name](g, torch.full_like(g.ww, -1), _root(g.ww))
-    (result,) = products.combine(a, [wv], b, [tv])
-    return _like(result, w, sphere)
+    return _like(products.combine(a, ws, b, ts, _apart(ws)), w, sphere, keep=True)
 
 
 def retract(w: Tensor, t: Tensor, sphere: str = "tensor") -> Tensor:
@@ -187,17 +203,18 @@ def log(w: Tensor, y: Tensor, sphere: str = "tensor") -> Tensor:
         >>> log(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0]))
         tensor([0.0000, 3.1416])
     """
-    wv, yv = _checked(sphere, w, y)
-    g = products.gram([wv], [yv])
+    ws, ys = _checked(sphere, w, y)
+    members = _apart(ws)
+    g = products.gram(ws, ys, members=members)
     rate = g.radial_rate()
-    t = products.combine(-rate, [wv], torch.ones_like(rate), [yv])  # tangent, laid out like w
-    tt = products.dot(t, t)
+    t = products.combine(-rate, ws, torch.ones_like(rate), ys, members)  # tangent, laid out like w
+    tt = products.dot(t, t, members)
     # Past a right angle, a tangent part that is rounding would be stretched to a half turn.
     noise = 4 * torch.finfo(t[0].dtype).eps
     length = _root(torch.where((g.wu < 0) & (tt <= noise**2 * g.uu), 0, tt))
     theta = torch.atan2(length, _divide(g.wu, _root(g.ww)))
     scale = _divide(_root(g.ww) * theta, length)
-    return _like(products.scale(scale, t)[0], w, sphere)
+    return _like(products.scale(scale, t, members), w, sphere)
 
 
 def angle(w: Tensor, y: Tensor, sphere: str = "tensor") -> Tensor:
@@ -227,14 +244,17 @@ def angle(w: Tensor, y: Tensor, sphere: str = "tensor") -> Tensor:
         >>> angle(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1e-7]))
         tensor([1.0000e-07], dtype=torch.float64)
     """
-    wv, yv = _checked(sphere, w, y)
-    ww, yy = products.dot([wv], [wv]), products.dot([yv], [yv])
+    ws, ys = _checked(sphere, w, y)
+    members = _apart(ws)
+    ww, yy = products.dot(ws, ws, members), products.dot(ys, ys, members)
     one = torch.ones_like(ww)
     # Both rounded alike, so that equal points are exactly zero apart (addcmul rounds once).
-    (one_w,) = products.scale(_divide(one, _root(ww)), [wv])
-    (one_y,) = products.scale(_divide(one, _root(yy)), [yv])
-    apart, along = [one_w - one_y], [one_w + one_y]
-    theta = 2 * torch.atan2(_root(products.dot(apart, apart)), _root(products.dot(along, along)))
+    units = [
+        products.scale(_divide(one, _root(xx)), xs, members) for xs, xx in ((ws, ww), (ys, yy))
+    ]
+    apart = [x - y for x, y in zip(*units, strict=True)]
+    along = [x + y for x, y in zip(*units, strict=True)]
+    theta = 2 * torch.atan2(*(_root(products.dot(xs, xs, members)) for xs in (apart, along)))
     return torch.where((ww == 0) | (yy == 0), 0, theta)
 
 
@@ -319,11 +339,10 @@ def transport(
     """
     if how not in TRANSPORTS:
         raise ValueError(f"there is no transport {how!r}; use one of {', '.join(TRANSPORTS)}")
-    wv, yv, mv = _checked(sphere, w, y, m)
+    ws, ys, ms = _checked(sphere, w, y, m)
     if how == "none":
         return m.clone()
-    (moved,) = transport_views([mv], [wv], [yv], how)
-    return _like(moved, m, sphere)
+    return _like(transport_views(ms, ws, ys, how, _apart(ws)), m, sphere)
 
 
 def random(
@@ -346,7 +365,7 @@ def random(
         device: As in :func:`torch.randn`.
 
     Returns:
-        A tensor of this shape.
+        A tensor of this shape; rows without a sphere are standard normal.
 
     Raises:
         ValueError: If the spec does not fit the shape.
@@ -356,6 +375,7 @@ def random(
         tensor([2., 2., 2., 2.], dtype=torch.float64)
     """
     x = torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
-    (v,) = _checked(sphere, x)
-    scale = _divide(torch.as_tensor(radius, device=x.device), _root(products.dot([v], [v])))
-    return _like(products.scale(scale, [v])[0], x, sphere)
+    (vs,) = _checked(sphere, x)
+    members = _apart(vs)
+    scale = _divide(torch.as_tensor(radius, device=x.device), _root(products.dot(vs, vs, members)))
+    return _like(products.scale(scale, vs, members), x, sphere, keep=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sphereopt import spheres as _spheres
 from sphereopt.detect import SphereReport, find_spheres
-from sphereopt.detect.twin import unwrap
+from sphereopt.detect.copying import unwrap
 
 __all__ = ["param_groups"]
 
@@ -35,6 +35,7 @@ def param_groups(
     constrain_sphere: str = "tensor",
     groups: Iterable[Group] | None = None,
     decay_norms_and_biases: bool = False,
+    norm_gains: bool = False,
 ) -> list[Group]:
     """Return ordinary optimizer groups that say which weights live on which spheres.
 
@@ -42,8 +43,9 @@ def param_groups(
         model: The module to train; DDP and compiled wrappers are looked through, and a
             parametrized weight is its ``parametrizations.<name>.original``.
         spheres: A report of ``find_spheres``; or names to specs, ``{"conv1.weight": "row"}``,
-            where a tuple of names is one joint sphere, ``{("fc.weight", "fc.bias"): "tensor"}``;
-            or example inputs, which ``find_spheres`` is then run on.
+            where a tuple of names is one joint sphere, ``{("fc.weight", "fc.bias"): "tensor"}``,
+            and a spec may have pieces, ``{"qkv.weight": "block:8@0:512,block:8@512:1024"}``; or
+            example inputs, which ``find_spheres`` is then run on.
         constrain: Weights to put on spheres by choice, though their norm matters to the function:
             a name, a glob (``"blocks.*.mlp.*.weight"``), several of them, a mapping of them to
             specs, or a predicate of name and tensor that returns a bool or a spec. Globs and
@@ -53,15 +55,21 @@ def param_groups(
             Each is split, and its parts keep its keys. By default: all parameters.
         decay_norms_and_biases: False puts norm gains and biases (and everything of one dimension
             or none) in groups with ``weight_decay`` 0.
+        norm_gains: True also takes the spheres of a report that consist of norm gains and biases
+            only (members of one dimension or none). They are as invariant as any other, but few
+            expect gains of fixed norm, or one angle per step for a whole vector of them.
 
     Returns:
         Groups with ``params`` as (name, tensor) pairs, in the order of the model. Groups on
         spheres have ``sphere``, ``joint`` and ``kind``: ``"proved"`` for what ``spheres`` says,
-        ``"constrained"`` for what ``constrain`` adds. All others have ``sphere=None``.
+        ``"constrained"`` for what ``constrain`` adds. All others have ``sphere=None``: also the
+        norm gains and biases of a report (see ``norm_gains``), and joint spheres of a report with
+        a frozen member, which would have to move too. A mapping is taken as it is.
 
     Raises:
         ValueError: If a name is not in the model, a spec does not fit, a parameter is claimed
-            twice, or a trainable parameter is in none of your groups.
+            twice, a joint sphere of a mapping has frozen and trainable members, or a trainable
+            parameter is in none of your groups.
 
     Notes:
         Frozen parameters (``requires_grad=False``) are left out; tied ones appear once, and any of
@@ -80,7 +88,10 @@ def param_groups(
         spheres = find_spheres(model, (spheres,) if isinstance(spheres, Tensor) else tuple(spheres))
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     chosen = _Chosen(model, names)
-    chosen.add_proved(spheres.spheres if isinstance(spheres, SphereReport) else spheres)
+    if isinstance(spheres, SphereReport):
+        chosen.add_report(spheres, norm_gains)
+    else:
+        chosen.add_proved(spheres)
     chosen.add_constrained(constrain, constrain_sphere)
     own_norm = {
         p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)
@@ -100,11 +111,18 @@ class _Chosen:
         self._names = names
         self._aliases = dict(model.named_parameters(remove_duplicate=False))
 
+    def add_report(self, report: SphereReport, norm_gains: bool) -> None:
+        for name, spec in report.spheres.items():
+            members = self._members(name)
+            movable = all(p.requires_grad for p in members)
+            if movable and (norm_gains or any(p.ndim > 1 for p in members)):
+                self._put(members, spec, "proved")
+
     def add_proved(self, specs: Mapping[Any, str | None]) -> None:
         for name, spec in specs.items():
             if spec is None:
                 continue
-            members = tuple(self._find(n) for n in ([name] if isinstance(name, str) else name))
+            members = self._members(name)
             if all(p.requires_grad for p in members):
                 self._put(members, spec, "proved")
             elif any(p.requires_grad for p in members):
@@ -130,6 +148,9 @@ class _Chosen:
             for p in found:
                 if p.requires_grad:
                     self._put((p,), spec, "constrained")
+
+    def _members(self, name: Name) -> tuple[Tensor, ...]:
+        return tuple(self._find(n) for n in ([name] if isinstance(name, str) else name))
 
     def _find(self, name: str) -> Tensor:
         """Return the parameter of this name, under any wrapper's or parametrization's spelling."""

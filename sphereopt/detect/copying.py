@@ -162,7 +162,8 @@ def _full(p: Tensor) -> Tensor:
 def _unsharded(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Return a copy of a module under ``fully_shard`` as it was before: class and hooks."""
     plain = next(b for b in type(module).__bases__ if b.__name__ != "FSDPModule")
-    state = dict(vars(module))
+    # What torch's composable APIs keep in a module: process groups, which cannot be copied.
+    state = {k: v for k, v in vars(module).items() if not str(k).startswith("__composable_api")}
     for key in ("_forward_hooks", "_forward_pre_hooks"):
         kept = {i: hook for i, hook in state[key].items() if not _of_torch_distributed(hook)}
         for other in (key, f"{key}_with_kwargs", f"{key}_always_called"):

@@ -151,13 +151,16 @@ class _Before:
         """Return the reading of the step from the weights around it, in float64."""
 
         def seen(tensors: list[Tensor]) -> list[Tensor]:
+            """Return the views of all members, piece by piece."""
             dtype = products.scalar_dtype(tensors[0].device)
-            return [spheres.view(x.detach(), self.group["sphere"]).to(dtype) for x in tensors]
+            members = [spheres.split(x.detach(), self.group["sphere"]) for x in tensors]
+            return [x.to(dtype) for piece in zip(*members, strict=True) for x in piece]
 
         w, after, lr = seen(self.copies), seen(self.params), float(self.group["lr"])
         u = [(x - y) / lr if lr else torch.zeros_like(x) for x, y in zip(w, after, strict=True)]
-        gram = products.gram(w, u)
-        one, norm = torch.ones_like(gram.ww), _root(products.dot(after, after))
+        members = [len(self.params)] * (len(w) // len(self.params))
+        gram = products.gram(w, u, members=members)
+        one, norm = torch.ones_like(gram.ww), _root(products.dot(after, after, members))
         trip = Travel(gram, one, -lr * one, one, norm)
         return Reading([self.name], [len(one)], trip, lr, self.group, self.homogeneity)
 

@@ -1,4 +1,4 @@
-"""Slabs: the pieces of work of a step, of a size that suits the machine.
+"""Slabs: the portions of work of a step, of a size that suits the machine.
 
 Three ways to arrange many tensors: small ones of like shape are *stacked* into one working tensor
 (fewer operations), large ones are *cut* into runs of spheres (temporaries stay in cache), and what
@@ -30,12 +30,15 @@ ELSEWHERE = 1 << 25
 class Block:
     """The spheres of one tensor, or of the member tensors of a joint group, as ``(k, ...)`` views.
 
+    A spec of several pieces makes a block of each, and one of every run of rows between them, which
+    are on no sphere: *ordinary* rows.
+
     Attributes:
         name: Name of the (first) parameter.
         weights: One view per member.
         grads: One view per member.
         buffers: State key to one view per member.
-        radius: Stored norms, shape ``(k,)``.
+        radius: Stored norms, shape ``(k,)``; None for ordinary rows.
         virtual_radius: Believed norms, shape ``(k,)``, or None.
         step: How many steps the spheres have made, this one included.
     """
@@ -44,7 +47,7 @@ class Block:
     weights: list[Tensor]
     grads: list[Tensor]
     buffers: dict[str, list[Tensor]]
-    radius: Tensor
+    radius: Tensor | None
     virtual_radius: Tensor | None
     step: int
 
@@ -59,7 +62,7 @@ class Block:
             cut(self.weights),
             cut(self.grads),
             {key: cut(xs) for key, xs in self.buffers.items()},
-            self.radius[start:stop],
+            None if self.radius is None else self.radius[start:stop],
             None if self.virtual_radius is None else self.virtual_radius[start:stop],
             self.step,
         )
@@ -82,7 +85,7 @@ class Slab:
         grads: Likewise; never written to, they may be the user's own ``.grad``.
         buffers: Likewise, per state key.
         steps: For each tensor, how many steps its spheres have made, this one included.
-        radius: Stored norms of all spheres in a row.
+        radius: Stored norms of all spheres in a row; None if these are ordinary rows.
         virtual_radius: Believed norms, or None.
     """
 
@@ -99,7 +102,8 @@ class Slab:
         steps = zip(bunches, self.members, strict=True)
         self.steps = [bunch[0].step for bunch, m in steps for _ in range(m)]
         blocks = [block for bunch in bunches for block in bunch]
-        self.radius = _gather([block.radius for block in blocks])
+        radius = [b.radius for b in blocks if b.radius is not None]
+        self.radius = _gather(radius) if radius else None
         virtual = [b.virtual_radius for b in blocks if b.virtual_radius is not None]
         self.virtual_radius = self._come(virtual) if virtual else None
 
@@ -138,15 +142,16 @@ def _bunches(blocks: Sequence[Block], stack: bool) -> Iterator[list[Block]]:
     buckets: dict[object, list[Block]] = {}
     for block in blocks:
         w = block.weights[0]
-        key = (w.shape[1], w.dtype, w.device, block.step) if _stackable(block) else id(block)
+        kind = (block.radius is None, w.dtype, w.device)
+        key = (*kind, w.shape[1], block.step) if _stackable(block) else id(block)
         buckets.setdefault(key, []).append(block)
     for bucket in buckets.values():
         yield from [bucket] if len(bucket) >= STACK else [[block] for block in bucket]
 
 
-def _pieces(block: Block, limit: int) -> Iterator[Block]:
+def _runs(block: Block, limit: int) -> Iterator[Block]:
     """Yield runs of the spheres of a block, of about ``limit`` entries."""
-    k, size = block.radius.shape[0], _size(block)
+    k, size = block.weights[0].shape[0], _size(block)
     rows = k if size <= limit else max(1, limit * k // size)
     for start in range(0, k, rows):
         yield block if rows == k else block.rows(start, min(k, start + rows))
@@ -166,8 +171,9 @@ def slabs(blocks: Sequence[Block], *, stack: bool) -> Iterator[Slab]:
     sizes: dict[object, int] = {}
     for bunch in _bunches(blocks, stack):
         w = bunch[0].weights[0]
-        limit, key = LARGE.get(w.device.type, ELSEWHERE), (w.dtype, w.device)
-        parts = [bunch] if len(bunch) > 1 else [[piece] for piece in _pieces(bunch[0], limit)]
+        limit = LARGE.get(w.device.type, ELSEWHERE)
+        key = (bunch[0].radius is None, w.dtype, w.device)
+        parts = [bunch] if len(bunch) > 1 else [[run] for run in _runs(bunch[0], limit)]
         for part in parts:
             size = sum(_size(block) for block in part)
             if sizes.get(key, 0) + size > limit and key in waiting:

@@ -30,9 +30,10 @@ class SphereAdam(SphereOptimizer):
 
     Args:
         params: Parameters, named parameters or groups; see :func:`sphereopt.param_groups`.
-        lr: For ordinary groups as in torch. On spheres, with the default move ``"rotate"``: the
-            angle every sphere turns, in radians per step, whatever its size. With ``"retract"``,
-            ``"exp"`` or ``"renorm"``: Adam's own lr, the angle is about ``lr*|u|/r``.
+        lr: For ordinary groups and rows as in torch. On spheres, with the default move
+            ``"rotate"``: the angle every sphere turns, in radians per step, whatever its size.
+            With ``"retract"``, ``"exp"`` or ``"renorm"``: Adam's own lr, the angle is about
+            ``lr*|u|/r``.
         betas: Decay of the first and second moments.
         eps: Added to the root of the second moment, as in torch: after bias correction, in the
             units of the gradient at the stored norm (under ``radius="free"`` at the plain norm).
@@ -40,7 +41,8 @@ class SphereAdam(SphereOptimizer):
         amsgrad: Divide by the largest second moment so far.
         decoupled_weight_decay: True for AdamW's decay, False for Adam's L2 in the gradient.
         sphere: Sphere of groups that name none: None, ``"tensor"``, ``"row"``, ``"col"``,
-            ``"block:K"``.
+            ``"block:K"``, or pieces such as ``"block:8@0:512,row@512:520"``; rows that no piece
+            covers are stepped as AdamW steps them.
         joint: Spheres of one index across a group's tensors are one sphere.
         move: Key of ``sphereopt.moves.MOVES``; by default ``"rotate"``, or ``"renorm"`` under
             ``radius="free"``.

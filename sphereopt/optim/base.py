@@ -10,6 +10,8 @@ An optimizer is a *direction* (a subclass of :class:`SphereOptimizer`), a *move*
 5. ``w <- a*w + b*u``, in place;
 6. tangent buffers are carried to the new point. ``transport="project"`` does this at the next
    step, where the buffer is used: the stored buffer is tangent at the point it was made.
+
+Rows that no piece of a spec covers take the direction as a plain optimizer does.
 """
 
 from __future__ import annotations
@@ -80,6 +82,8 @@ class SphereOptimizer(Optimizer, ABC):
     Args:
         params: Parameters, named parameters, or groups, as for any ``torch.optim`` optimizer.
             Groups may carry ``sphere``, ``joint``, ``kind``, ``move``, ``radius``, ``transport``.
+            Rows that no piece of a ``sphere`` covers move by the direction times lr, as in torch,
+            with the buffers (float32 or wider) and the ``weight_decay`` of the group.
         defaults: Options of groups that do not set their own; sphere options left out take the
             values they have in :class:`sphereopt.SphereSGD`.
 
@@ -258,7 +262,22 @@ class SphereOptimizer(Optimizer, ABC):
             return products.tangent_form(w, u, ww, members)
         return u, products.gram(w, u, ww, members)
 
+    def _step_ordinary(self, slab: Slab, group: Group) -> None:
+        """Step rows without a sphere as ``torch.optim`` does: the direction, times lr."""
+        w, grads, (l2, shrink) = slab.weights, slab.grads, self.decay(group)
+        if group["maximize"]:
+            grads = [-g for g in grads]
+        if l2 != 0:
+            grads = [torch.add(g, x, alpha=l2) for g, x in zip(grads, w, strict=True)]
+        u = self.direction(grads, slab.buffers, slab.steps, group)
+        for x, y in zip(w, u, strict=True):
+            x.mul_(shrink).sub_(y * group["lr"])
+        slab.write_back()
+
     def _step_slab(self, slab: Slab, group: Group) -> None:
+        if slab.radius is None:
+            self._step_ordinary(slab, group)
+            return
         w, members = slab.weights, slab.members
         u, gram = self._directions(slab, group, products.dot(w, w, members))
         trip = travel(
@@ -281,5 +300,5 @@ class SphereOptimizer(Optimizer, ABC):
         slab.write_back()
         if self.readings is not None:
             blocks = [block for bunch in slab.bunches for block in bunch]
-            names, counts = [x.name for x in blocks], [len(x.radius) for x in blocks]
+            names, counts = [x.name for x in blocks], [len(x.weights[0]) for x in blocks]
             self.readings.append(Reading(names, counts, trip, group["lr"], group, self.homogeneity))

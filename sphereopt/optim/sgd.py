@@ -30,13 +30,15 @@ class SphereSGD(SphereOptimizer):
         params: Parameters, named parameters or groups; see :func:`sphereopt.param_groups`.
         lr: Learning rate, in SGD's unit: a step turns a sphere by
             :math:`\operatorname{atan}(lr\,|u|/r)` radians. With ``move="rotate"`` or
-            ``"hyperball"`` it is the angle itself, in radians per step.
+            ``"hyperball"`` it is the angle itself, in radians per step. For ordinary groups and
+            rows always SGD's.
         momentum: Momentum factor :math:`\mu`.
         dampening: Dampening :math:`\tau` of the momentum, from the second step on.
         weight_decay: L2 coefficient, for ordinary groups and under ``radius="free"``.
         nesterov: Use Nesterov momentum.
         sphere: Sphere of groups that name none: None, ``"tensor"``, ``"row"``, ``"col"``,
-            ``"block:K"``.
+            ``"block:K"``, or pieces such as ``"block:8@0:512,row@512:520"``; rows that no piece
+            covers are stepped as ``torch.optim.SGD`` steps them.
         joint: Spheres of one index across a group's tensors are one sphere.
         move: Key of ``sphereopt.moves.MOVES``; by default ``"retract"``, or ``"renorm"`` under
             ``radius="free"``.
