@@ -220,10 +220,8 @@ class Propagation(TorchDispatchMode):
         self._labels += n
         return torch.arange(self._labels - n, self._labels).reshape(shape)
 
-    def relabelled(self, degree: Degree | None) -> Degree | None:
-        """Return the degree of a multiple: the offset keeps its pattern, not its value."""
-        if degree is None:
-            return None
+    def relabelled(self, degree: Degree) -> Degree:
+        """Return the degree of a multiple: the offsets keep their pattern, not their values."""
         offsets = []
         for ids, labels in degree.offsets:
             offsets.append(Offset(ids, labels + self._labels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,14 @@ def same(p: Propagation, call: Call) -> Degree:
     return Degree(p.ids(call.args[0]))
 
 
+def _multiple(p: Propagation, x: Tensor) -> Degree | None:
+    degree = p.degree(x)
+    return None if degree is None else p.relabelled(degree)
+
+
 def linear(p: Propagation, call: Call) -> Degree | None:
     """Negation: it keeps an offset an offset."""
-    return p.relabelled(p.degree(call.args[0]))
+    return _multiple(p, call.args[0])
 
 
 def zero(p: Propagation, call: Call) -> None:
@@ -30,6 +36,16 @@ def zero(p: Propagation, call: Call) -> None:
 
 def shape_only(p: Propagation, call: Call) -> None:
     """The result does not depend on the values."""
+
+
+def draw(p: Propagation, call: Call) -> Degree | None:
+    """Random numbers: of degree zero, and so must be the tensors that say how they are spread."""
+    for name in ("p", "mean", "std"):
+        if isinstance(call.get(name), Tensor):
+            p.zero(p.ids(call[name]))
+    if call.op == "bernoulli" and "p" not in call.bound:
+        p.zero(p.ids(call["self"]))
+    return None
 
 
 def scale_free(p: Propagation, call: Call) -> None:
@@ -61,15 +77,16 @@ def add(p: Propagation, call: Call) -> Degree | None:
     x, y = call["self"], call["other"]
     ndim = len(call.shapes[0])
     if not isinstance(y, Tensor):
-        # The eps of a norm, put there by IdealArithmetic: tends to 0.
-        if y == 0 or abs(y) == TINY_EPS:
-            return p.degree(x) if call.op == "add" else p.relabelled(p.degree(x))
+        if _negligible(y):
+            return p.degree(x) if call.op == "add" else _multiple(p, x)
         y = torch.tensor(float(y))
     dx, dy = (p.degree(t) or Degree(p.ids(t)) for t in (x, y))
     dx, dy = (d.each(lambda t: aligned(t, ndim)) for d in (dx, dy))
     if call.op in ("sub", "rsub") and call["alpha"] == 1 and _cancels(dx, dy):
         p.equal(dx.ids, dy.ids)
         return Degree(joined(dx.ids, dy.ids))
+    if call.op != "add" or call["alpha"] != 1:
+        dx, dy = p.relabelled(dx), p.relabelled(dy)  # their offsets enter as multiples
     if not _agree(dx.ids, dy.ids):
         for big, small, degree, other in ((x, y, dx, dy), (y, x, dy, dx)):
             own = list(aligned(small, ndim).shape)
@@ -77,9 +94,17 @@ def add(p: Propagation, call: Call) -> Degree | None:
                 # Constant along a dim at least: an offset.
                 offset = Offset(other.ids.expand(own), p.fresh_labels(own))
                 return Degree(degree.ids, (*degree.offsets, offset))
-    a, b = p.ids(x, ndim), p.ids(y, ndim)
-    p.equal(a, b)
-    return Degree(joined(a, b))
+    p.equal(dx.ids, dy.ids)
+    return Degree(joined(dx.ids, dy.ids), dx.offsets + dy.offsets)
+
+
+def _negligible(value: Any) -> bool:
+    """Return whether a number is 0 or the eps of a norm, which IdealArithmetic has made tiny."""
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_meta or value.requires_grad:
+            return False
+        value = value.item()
+    return bool(abs(value) <= TINY_EPS)
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
@@ -108,7 +133,7 @@ def multiply(p: Propagation, call: Call, sign: float) -> Degree | None:
     if call.get("rounding_mode"):
         return p.freeze(call)
     if not isinstance(y, Tensor) or (y.ndim == 0 and p.degree(y) is None):
-        return p.relabelled(p.degree(x))
+        return _multiple(p, x)
     ndim = len(call.shapes[0])
     return Degree(p.forms.add(p.ids(x, ndim), p.ids(y, ndim), sign))
 
@@ -137,10 +162,12 @@ def clamp(p: Propagation, call: Call) -> Degree | None:
     x = call["self"]
     names = ("min", "max", "min_val", "max_val")
     for bound in (call.bound[name] for name in names if name in call.bound):
+        if bound is None or _negligible(bound):
+            continue
         if isinstance(bound, Tensor):
             ndim = len(call.shapes[0])
             p.equal(p.ids(x, ndim), p.ids(bound, ndim))
-        elif bound is not None and bound != 0 and not math.isinf(bound) and bound != TINY_EPS:
+        elif not math.isinf(bound):
             return p.freeze(call)
     return Degree(p.ids(x))
 
@@ -213,9 +240,9 @@ _ZERO = (
 )
 _SHAPE_ONLY = (
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty "
-    "new_full size sym_size is_same_size isnan isinf isfinite bernoulli normal uniform exponential "
-    "random randint_like geometric log_normal cauchy"
+    "new_full size sym_size is_same_size isnan isinf isfinite"
 )
+_DRAWS = "bernoulli normal uniform exponential random randint_like geometric log_normal cauchy"
 _SCALE_FREE = "sign sgn signbit logical_not logical_and logical_or logical_xor nonzero is_nonzero"
 
 
@@ -232,6 +259,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_LINEAR.split(), linear),
     **dict.fromkeys(_ZERO.split(), zero),
     **dict.fromkeys(_SHAPE_ONLY.split(), shape_only),
+    **dict.fromkeys(_DRAWS.split(), draw),
     **dict.fromkeys(_SCALE_FREE.split(), scale_free),
     **dict.fromkeys(["gt", "lt", "ge", "le", "eq", "ne"], compare),
     **dict.fromkeys(["add", "sub", "rsub"], add),
