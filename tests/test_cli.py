@@ -203,6 +203,11 @@ def test_commands(capsys):
     text = capsys.readouterr().out
     for option in ("--data", "--steps", "--seed", "--out", "--json", "--dtype"):
         assert option in text
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "train" in text
+    assert "audit" in text  # its own tests are in test_audit.py
 
 
 def test_module_runs_and_imports_nothing_optional():

@@ -77,14 +77,14 @@ def test_labels_are_the_brute_force_ones(name):
     build, data, expected = CASES[name]
     model, x = build(), data()
     report = find_spheres(model, x)
-    assert report.spheres == expected, str(report)
+    matrices = {n: s for n, s in report.spheres.items() if type(n) is str and report[n].shape[1:]}
+    assert matrices == expected, str(report)
     assert brute_force(model, x) == expected
-    for found in report.spheres:
-        evidence = report[found].evidence
-        assert evidence.euler < 1e-12  # observed 1e-15 and less; the tolerance is 1e-8
-        assert evidence.rescaling < 1e-11
-        assert evidence.probes == 3
-        assert evidence.kind == "numerical"
+    for finding in report.values():
+        assert finding.status != "numerical"  # all of them have a proof
+        if finding.sphere is not None:
+            assert finding.evidence.euler < 1e-12  # observed 1e-15; the tolerance is 1e-8
+            assert finding.evidence.rescaling < 1e-11
 
 
 def test_the_threshold_lies_in_a_wide_gap():
@@ -93,8 +93,9 @@ def test_the_threshold_lies_in_a_wide_gap():
         for finding in find_spheres(build(), data()).values():
             if finding.sphere is not None:
                 accepted.append(finding.evidence.euler)
-            elif finding.reason.startswith("its norm matters"):
-                rejected.append(finding.evidence.euler)
+            elif finding.status == "none" and len(finding.shape) > 1:
+                if not finding.reason.startswith("refuted"):  # by a kink, not by its gradient
+                    rejected.append(finding.evidence.euler)
     # Measured 3e-15 and 1.6e-2 against a threshold of 1e-8: room for other seeds and machines.
     assert max(accepted) < 1e-12
     assert min(rejected) > 1e-4

@@ -53,21 +53,33 @@ class Trial:
     """Compares outputs before and after a change, at one point and with one RNG state.
 
     Args:
-        twin: The copy; left at the point, which is the model's own for ``spread=None``.
+        twin: The copy.
         seed: For the point, the factors and the model's randomness.
-        spread: How far the point is from the weights, as in ``Twin.place``.
+        spread: How far the point is from the weights, as in ``Twin.place``; ``None`` for the
+            model's own weights.
+        eps: The normalization eps, or ``None`` for the model's own.
+        reference: Outputs there, if they are known; the copy must then be there already.
 
     Attributes:
         twin: The copy.
     """
 
-    def __init__(self, twin: Twin, seed: int, spread: float | None) -> None:
+    def __init__(
+        self,
+        twin: Twin,
+        seed: int,
+        spread: float | None,
+        eps: float | None,
+        reference: list[Tensor] | None = None,
+    ) -> None:
         self.twin = twin
         self._seed = seed
         self._spread = spread
         self._changed: set[str] = set()
-        self._place()
-        self._reference = self._run()
+        self._eps = eps
+        if reference is None:
+            self._place()
+        self._reference = self._run() if reference is None else reference
         largest = max(float(t.abs().max()) for t in self._reference if t.numel())
         # Each output on its own scale, unless it is rounding noise beside the others.
         self._scales = [
@@ -149,8 +161,11 @@ class Trial:
             self.twin.place(self._seed, self._spread, names=names)
 
     def _run(self) -> list[Tensor]:
-        eps = None if self._spread is None else self.twin.precision.certificate_eps
-        with torch.no_grad(), warnings.catch_warnings(), self.twin.session(self._seed, eps=eps):
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            self.twin.session(self._seed, eps=self._eps),
+        ):
             # The probes have shown the model's own; here some layers would warn about no_grad.
             warnings.simplefilter("ignore")
             return self.twin.outputs()

@@ -33,12 +33,14 @@ class Probe:
         grads: Name -> norm of the gradient.
         typical: Median over the parameters of the mean ``|w * df/dw|`` of an entry.
         precision: Of the run.
+        outputs: What the run returned, to compare others with.
     """
 
     sums: Mapping[str, Mapping[int, Tensor]]
     grads: Mapping[str, float]
     typical: float
     precision: Precision
+    outputs: list[Tensor]
 
 
 @final
@@ -78,7 +80,9 @@ def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = Fals
     grads: dict[str, float] = {}
     gen = torch.Generator().manual_seed(seed)
     with twin.session(seed, eps=eps, dropout=dropout), _reducing(twin, sums, grads):
-        outs = [t for t in twin.outputs() if t.requires_grad]
+        outputs = twin.outputs()
+        kept = [t.detach().clone() for t in outputs]
+        outs = [t for t in outputs if t.requires_grad]
         if not outs:
             raise ValueError(
                 "no output of the model depends on its parameters through autograd; is the forward "
@@ -92,13 +96,14 @@ def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = Fals
         # Given tensors, backward is itself a function that the mode handles, and a mode is off
         # while its handler runs; given graph edges it is not.
         edges = [torch.autograd.graph.get_gradient_edge(t) for t in outs]
+        del outputs, outs
         torch.autograd.backward(edges, cotangents)
     noise = twin.precision.noise
     means = torch.tensor([float(s[0][1].sum() / s[0][3].sum()) for n, s in sums.items()])
     # Median of those that carry signal, or inert biases and frozen branches would set the scale.
     live = means[means > noise * means.max()] if len(means) else means
     typical = float(live.median()) if len(live) else 0.0
-    return Probe(sums, grads, typical, twin.precision)
+    return Probe(sums, grads, typical, twin.precision, kept)
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from .report import Finding, SphereReport
 from .symbolic import symbolic
 from .twin import NotFiniteError, Twin, hash_seed, preserved_rng
 
-PROBES = 2
 # Tried in turn: a model that overflows at the usual generic point may not nearer to its weights.
 _SPREADS = (0.1, 0.01, 0.001)
 
@@ -154,16 +153,24 @@ def _measured(
     shapes = {name: tuple(p.shape) for name, p in twin.params.items()}
     # The user's own point comes first: what is wrong with the inputs shows here, undisguised.
     twin.place(None)
-    real = euler.take_probe(twin, hash_seed(seed, "real"), eps=None)
+    own = hash_seed(seed, "own")
+    real = euler.take_probe(twin, own, eps=None)
     probes, spread = _generic_probes(twin, seed)
     guess = hypotheses(probes, shapes)
-    twin.place(hash_seed(seed, "proof"), spread)
-    proof = _proof(twin, guess, probes, hash_seed(seed, "proof"))
+    proof = _proof(twin, guess, probes, _point(seed, 0))
     judge = Judge(model, shapes, guess, proof, Numbers(probes, real))
-    certified = hash_seed(seed, "certificate")
-    trial = Trial(twin, certified, spread)
+    if judge.numerical:
+        # Without a proof the numbers stand alone: more of them, and kinks further away.
+        more = [_probe(twin, _point(seed, i), spread, i % 2 == 1) for i in (2, 3)]
+        judge = Judge(model, shapes, guess, proof, Numbers([*probes, *more], real))
+        trial = Trial(twin, _point(seed, 4), spread, twin.precision.certificate_eps)
+    else:
+        trial = Trial(twin, _point(seed, 0), spread, TINY_EPS, probes[0].outputs)
     certificate = certify(trial, judge.proved, judge.numerical, sorted(guess.inert))
-    at_real = Trial(twin, certified, None).near(certificate.kept) if certificate.kept else None
+    at_real = None
+    if certificate.kept:
+        twin.place(None)
+        at_real = Trial(twin, own, None, None, real.outputs).near(certificate.kept)
     return judge.findings(certificate, at_real), proof.symmetries
 
 
@@ -178,9 +185,15 @@ def _proof(twin: Twin, guess: Hypotheses, probes: list[euler.Probe], seed: int) 
 
 
 def _generic_probes(twin: Twin, seed: int) -> tuple[list[euler.Probe], float]:
+    """Return probes at random points, the last with the copy there, and how far these are.
+
+    Dropout hides signal but belongs to the training function: Linear with bias -> Dropout ->
+    BatchNorm is invariant without the mask only. So one probe drops, another observes.
+    """
     for spread in _SPREADS:
         try:
-            return [_probe(twin, hash_seed(seed, str(i)), spread, i) for i in range(PROBES)], spread
+            dropped = [_probe(twin, _point(seed, 1), spread, True)] if twin.drops else []
+            return [_probe(twin, _point(seed, 0), spread, False), *dropped], spread
         except NotFiniteError:
             continue
     raise NotFiniteError(
@@ -189,11 +202,13 @@ def _generic_probes(twin: Twin, seed: int) -> tuple[list[euler.Probe], float]:
     )
 
 
-def _probe(twin: Twin, seed: int, spread: float, index: int) -> euler.Probe:
+def _point(seed: int, index: int) -> int:
+    return hash_seed(seed, str(index))
+
+
+def _probe(twin: Twin, seed: int, spread: float, dropout: bool) -> euler.Probe:
     twin.place(seed, spread)
-    # Dropout hides signal but belongs to the training function: Linear with bias -> Dropout ->
-    # BatchNorm is invariant without the mask only. So the last probe drops, the others observe.
-    return euler.take_probe(twin, seed, eps=TINY_EPS, dropout=index == PROBES - 1)
+    return euler.take_probe(twin, seed, eps=TINY_EPS, dropout=dropout)
 
 
 def _aliases(model: nn.Module, inner: nn.Module) -> dict[str, str]:

@@ -83,7 +83,7 @@ class Judge:
         self.numerical = [
             claim
             for claim in guess.claims
-            if covered.isdisjoint(claim.names) and self._exercised(claim)
+            if covered.isdisjoint(claim.names) and numbers.tangent(claim) and self._exercised(claim)
         ]
 
     def _stands(self, claim: Claim) -> bool:
@@ -130,9 +130,7 @@ class Judge:
             if name not in self._shapes:
                 why = f"not a floating-point parameter ({p.dtype})"
                 result.append(Finding(name, tuple(p.shape), None, (), "none", None, why))
-            elif name in home and not (
-                home[name].names == (name,) and self._is_inert(name, depends)
-            ):
+            elif name in home and not all(self._is_inert(n, depends) for n in home[name].names):
                 status: Status = "proved" if name in proved else "numerical"
                 found = self._on_sphere(name, home[name], status, certificate.joint, at_real)
                 result.append(found)

@@ -224,8 +224,9 @@ class Propagation(TorchDispatchMode):
         """Return the degree of a multiple: the offsets keep their pattern, not their values."""
         offsets = []
         for ids, labels in degree.offsets:
-            offsets.append(Offset(ids, labels + self._labels))
-            self._labels += int(labels.max()) + 1
+            distinct, pattern = torch.unique(labels, return_inverse=True)
+            offsets.append(Offset(ids, pattern + self._labels))
+            self._labels += len(distinct)
         return Degree(degree.ids, tuple(offsets))
 
     def set(self, t: Tensor, degree: Degree | None) -> None:

@@ -76,6 +76,7 @@ class Twin:
         precision: the same.
         module: the copy; every floating-point parameter requires grad.
         params: its distinct floating-point parameters by name.
+        drops: whether it has dropout modules that drop.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Twin:
             for m in self.module.modules()
             if isinstance(m, nn.modules.dropout._DropoutNd) and m.training
         ]
+        self.drops = bool(self._dropouts)
         for dropout in self._dropouts:
             dropout.p = min(dropout.p, _MOST_DROPOUT)
         self._buffers = [
@@ -141,7 +143,8 @@ class Twin:
         if name not in self._sizes:
             w = self._source[name].detach()
             natural = (w.numel() / w.shape[0]) ** -0.5 if w.ndim > 1 else 1.0
-            rms = float(w.norm(dtype=torch.float32)) / w.numel() ** 0.5
+            wide = torch.promote_types(w.dtype, torch.float32)
+            rms = float(w.norm(dtype=wide)) / w.numel() ** 0.5
             self._sizes[name] = max(rms, natural)
         return self._sizes[name]
 

@@ -130,7 +130,7 @@ def train(
         config=config,
         recipe=_recipe(),
         data=_describe(data),
-        spheres=race.report.spheres,
+        spheres=_layers(race.report),
         sphere_count=first.stored.shape[1],
         predicted=_predicted(race),
         log_every=race.log_every,
@@ -139,6 +139,11 @@ def train(
         versions=_versions(),
         seconds=time.perf_counter() - start,
     )
+
+
+def _layers(report: SphereReport) -> dict[str, str]:
+    """Return the weights on spheres of their own; pairs of gain and bias stay where they are."""
+    return {name: spec for name, spec in report.spheres.items() if isinstance(name, str)}
 
 
 def _prepare(config: Config, data: Dataset) -> _Race:
@@ -159,7 +164,7 @@ def _prepare(config: Config, data: Dataset) -> _Race:
         raise OptionError(
             "data", config.data, f"the network cannot be analysed on these images: {reason}"
         ) from None
-    if not report.spheres:
+    if not _layers(report):
         raise OptionError(
             "data", config.data, "no weight is scale-invariant on these images; are they blank?"
         )
