@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import sphereopt as so
+from sphereopt.detect import Finding, SphereReport
 
 
 def net():
@@ -96,6 +97,85 @@ def test_constrained_weights_are_kept_apart(constrain, sphere):
     ]
     with pytest.raises(ValueError, match=r"'3\.weight' is on a sphere by choice"):
         so.SphereSGD(groups, lr=0.1, radius="free")
+
+
+QKV = "block:2@0:4,row@6:8"
+
+
+def test_specs_with_pieces_go_wherever_a_spec_goes():
+    model = nn.Sequential(nn.Linear(3, 12), nn.Linear(12, 4))
+    for specs, constrain, kinds in (
+        ({("0.weight", "0.bias"): QKV}, (), ("proved",)),
+        ({"0.weight": QKV}, {"1.*ight": "row@1:3"}, ("proved", "constrained")),
+        ({}, lambda name, p: QKV if name == "0.weight" else False, ("constrained",)),
+    ):
+        groups = so.param_groups(model, specs, constrain=constrain)
+        on = [g for g in groups if g["sphere"]]
+        assert tuple(g["kind"] for g in on) == kinds
+        assert [g["sphere"] for g in on] == [QKV, "row@1:3"][: len(on)]
+        assert sum(len(g["params"]) for g in groups) == 4
+        so.SphereAdam(groups, lr=0.1)
+    groups = so.param_groups(model, {}, constrain="0.weight", constrain_sphere=QKV)
+    assert groups[0]["sphere"] == QKV
+    with pytest.raises(ValueError, match=r"'1\.weight' has shape \(4, 12\), but sphere='row@6:8'"):
+        so.param_groups(model, {"1.weight": QKV})
+
+
+def report(model, specs):
+    """Return a report that says so: names of the members, joined by plus signs, to spec."""
+    findings = {}
+    for names, spec in specs.items():
+        members = names.split("+")
+        for name in members:
+            others = tuple(m for m in members if m != name)
+            shape = tuple(model.get_parameter(name).shape)
+            findings[name] = Finding(name, shape, spec, others, "proved", None, "")
+    return SphereReport(findings)
+
+
+def test_norm_gains_of_a_report_are_left_out_unless_asked_for():
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6))
+    found = report(
+        model,
+        {
+            "0.weight+0.bias": "tensor",  # has a bias, and a matrix
+            "1.weight+1.bias": "tensor",
+            "2.weight": "row@0:3",
+            "2.bias": "tensor@0:3",
+            "3.weight": "tensor",
+        },
+    )
+    on = [["0.weight", "0.bias"], ["2.weight"]]
+    groups = so.param_groups(model, found)
+    assert [names for names, sphere, *_ in shown(groups) if sphere] == on
+    assert sum(len(g["params"]) for g in groups) == 8
+    groups = so.param_groups(model, found, norm_gains=True)
+    assert [(names, sphere) for names, sphere, *_ in shown(groups) if sphere] == [
+        (["0.weight", "0.bias"], "tensor"),
+        (["1.weight", "1.bias"], "tensor"),
+        (["2.weight"], "row@0:3"),
+        (["2.bias"], "tensor@0:3"),
+        (["3.weight"], "tensor"),
+    ]
+    # What a mapping says is taken: it was written by hand.
+    groups = so.param_groups(model, found.spheres)
+    assert [names for names, sphere, *_ in shown(groups) if sphere][1] == ["1.weight", "1.bias"]
+    # A gain that was left out may still be put on a sphere by choice.
+    groups = so.param_groups(model, found, constrain="3.weight")
+    assert (["3.weight"], "tensor", "constrained", None) in shown(groups)
+
+
+def test_a_joint_sphere_of_a_report_with_a_frozen_member_is_left_out():
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6, bias=False))
+    found = report(model, {"0.weight+0.bias": "tensor", "2.weight": "row"})
+    model[0].bias.requires_grad_(False)
+    assert shown(so.param_groups(model, found)) == [
+        (["2.weight"], "row", "proved", None),
+        (["0.weight"], None, None, None),
+        (["1.weight", "1.bias"], None, None, 0.0),
+    ]
+    with pytest.raises(ValueError, match="frozen and trainable members"):
+        so.param_groups(model, found.spheres)
 
 
 def test_users_groups_keep_their_keys_and_their_order():

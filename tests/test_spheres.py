@@ -33,23 +33,60 @@ def normal(*shape: int) -> Tensor:
         ("col", SphereSpec("col")),
         ("block:1", SphereSpec("block", 1)),
         ("block:12", SphereSpec("block", 12)),
+        ("tensor@0:1", SphereSpec("tensor", 1, 0, 1)),
+        ("row@10:200", SphereSpec("row", 1, 10, 200)),
+        ("block:8@512:1024", SphereSpec("block", 8, 512, 1024)),
     ],
 )
 def test_parse(sphere, spec):
     assert spheres.parse(sphere) == spec
+    assert str(spec) == sphere
+    assert spheres.pieces(sphere) == (sphere,)
 
 
 @pytest.mark.parametrize(
     "sphere",
     [
         *("", "filter", "ROW", " row", "row:2", "tensor:1", "block", "block:", "block:0"),
-        *("block:-1", "block:x", "block:2.0", "block: 2", "block:2:3", "blocks:2"),
+        *("block:-1", "block:x", "block:2.0", "block: 2", "block:2:3", "blocks:2", "block:02"),
+        *("row@", "row@4", "row@4:", "row@:4", "row@-4:4", "row@ 0:4", "row@0:4:2", "row@00:4"),
+        *("row@1.0:4", "row@a:b", "@0:4", "row@0-4", "block@0:4", "row@0:\u0664"),
         *(None, 3, True, b"row"),
     ],
 )
 def test_parse_names_what_it_cannot_read(sphere):
-    with pytest.raises(ValueError, match="is not a sphere spec; use 'tensor', 'row', 'col' or"):
-        spheres.parse(sphere)
+    for read in (spheres.parse, spheres.pieces):
+        with pytest.raises(ValueError, match="is not a sphere spec; use 'tensor', 'row', 'col' or"):
+            read(sphere)
+
+
+@pytest.mark.parametrize(
+    ("sphere", "message"),
+    [
+        ("row@4:4", "'row@4:4' has no rows; START must be less than STOP"),
+        ("row@5:4", "'row@5:4' has no rows"),
+        ("col@0:4", "'col@0:4' limits columns to some rows; use 'col' alone"),
+        ("row@0:4,", "sphere='row@0:4,' has a wrong piece: sphere='' is not a sphere spec"),
+        ("row@0:4, row@4:8", "has a wrong piece: sphere=' row@4:8' is not a sphere spec"),
+        ("row@0:4,col@4:8", "has a wrong piece: sphere='col@4:8' limits columns"),
+        ("row,tensor@0:4", "has several pieces, so 'row' needs its rows: 'row@START:STOP'"),
+        ("tensor@0:4,col", "has several pieces, so 'col' needs its rows"),
+        ("row@0:4,row@3:8", "overlap or are out of order: 'row@3:8' begins before 'row@0:4' ends"),
+        ("row@4:8,row@0:4", "overlap or are out of order: 'row@0:4' begins before 'row@4:8' ends"),
+    ],
+)
+def test_pieces_say_what_is_wrong_with_them(sphere, message):
+    for call in (spheres.pieces, lambda s: spheres.check(s, (99, 3))):
+        with pytest.raises(ValueError, match=message):
+            call(sphere)
+
+
+def test_pieces_are_specs_in_order_and_a_view_is_of_one():
+    sphere = "block:2@0:8,row@8:12,tensor@13:14"
+    assert spheres.pieces(sphere) == ("block:2@0:8", "row@8:12", "tensor@13:14")
+    for call in (spheres.parse, lambda s: spheres.view(torch.ones(14, 3), s)):
+        with pytest.raises(ValueError, match="has several pieces; take them one by one"):
+            call(sphere)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +98,10 @@ def test_parse_names_what_it_cannot_read(sphere):
         ("block:2", (), "'block:2' needs a dim 0 that 2 divides"),
         ("block:2", (5, 4), "'block:2' needs a dim 0 that 2 divides"),
         ("block:8", (4, 8), "'block:8' needs a dim 0 that 8 divides"),
+        ("block:3@0:8", (9, 8), "'block:3@0:8' needs a number of rows that 3 divides"),
+        ("row@0:4,row@4:9", (8, 2), "'row@4:9' needs a dim 0 of 9 or more"),
+        ("tensor@0:1", (), "'tensor@0:1' needs a dim 0 of 1 or more"),
+        ("tensor@0:2,row@2:4", (4,), "'row@2:4' needs two or more dimensions"),
     ],
 )
 def test_check_says_what_does_not_fit(sphere, shape, message):
@@ -78,18 +119,29 @@ def test_check_says_what_does_not_fit(sphere, shape, message):
         ("col", (4, 3, 2), 3),
         ("block:5", (5,), 5),
         ("block:2", (0, 3), 2),
+        ("tensor@1:3", (4,), 1),
+        ("row@1:3", (4, 2), 2),
+        ("block:3@1:7,row@7:9,tensor@10:12", (12, 1, 2), 6),
     ],
 )
 def test_check_and_count_of_what_fits(sphere, shape, k):
     spheres.check(sphere, shape)
-    assert spheres.count(sphere, shape) == k == spheres.view(torch.ones(shape), sphere).shape[0]
+    views = spheres.split(torch.ones(shape), sphere)
+    assert spheres.count(sphere, shape) == k == sum(v.shape[0] for v in views)
 
 
-def test_row_of_a_vector_fits_a_joint_sphere_only():
-    spheres.check("row", (5,), joint=True)
-    assert spheres.view(torch.ones(5), "row").shape == (5, 1)
-    with pytest.raises(ValueError, match="'col' needs two or more dimensions"):
-        spheres.check("col", (5,), joint=True)
+@pytest.mark.parametrize("sphere", ["row", "col"])
+def test_a_vector_is_split_by_its_only_dimension_in_a_joint_sphere_only(sphere):
+    spheres.check(sphere, (5,), joint=True)
+    for dtype in (torch.float32, torch.complex64):
+        x = torch.randn(5, dtype=dtype)
+        seen = torch.view_as_real(x) if x.is_complex() else x[:, None]
+        assert torch.equal(spheres.view(x, sphere), seen)
+    assert spheres.count(sphere, (5,)) == 5
+    with pytest.raises(ValueError, match=f"'{sphere}' needs two or more dimensions"):
+        spheres.check(sphere, (5,))
+    with pytest.raises(ValueError, match=f"'{sphere}' needs two or more dimensions"):
+        spheres.check(sphere, (), joint=True)
 
 
 # Views
@@ -153,6 +205,33 @@ def test_views_of_different_layouts_have_one_shape(sphere, shape):
 def test_views_of_contiguous_tensors_are_matrices(sphere):
     x = normal(8, 3, 5, 5)
     assert [v.ndim for v in spheres.views([x, x], sphere)] == [2, 2]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("shape", [(13,), (13, 4), (13, 3, 2, 2)])
+def test_split_and_rest_share_out_every_entry_once(shape, dtype, layout):
+    sphere = "block:2@1:7,tensor@7:9,block:1@10:12"
+    x = layout(torch.randn(shape, dtype=dtype))
+    parts = [*spheres.split(x, sphere), *spheres.rest(x, sphere)]
+    # Write a number to each sphere and each row between them: all of them must arrive in x.
+    number = 0
+    for part in parts:
+        for one in part:
+            number += 1
+            one.fill_(number)
+    want = torch.tensor([5, 1, 1, 1, 2, 2, 2, 3, 3, 6, 4, 4, 7]).to(dtype)
+    got = x.reshape(13, -1)
+    if x.is_complex():  # a view of a complex tensor fills real and imaginary parts
+        on = torch.tensor([0, *[1] * 8, 0, 1, 1, 0], dtype=torch.bool)
+        want = torch.where(on, want * (1 + 1j), want)
+    assert torch.equal(got, want[:, None].expand(got.shape))
+
+
+def test_there_is_no_rest_without_ranges_or_gaps():
+    x = torch.ones(4, 3)
+    for sphere in ("row", "tensor", "col", "block:2", "row@0:4", "row@0:1,tensor@1:4"):
+        assert spheres.rest(x, sphere) == []
 
 
 # Inner products

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -58,6 +59,7 @@ class Trial:
         spread: How far the point is from the weights, as in ``Twin.place``; ``None`` for the
             model's own weights.
         eps: The normalization eps, or ``None`` for the model's own.
+        dropout: Whether dropout modules drop.
         reference: Outputs there, if they are known; the copy must then be there already.
 
     Attributes:
@@ -70,13 +72,15 @@ class Trial:
         seed: int,
         spread: float | None,
         eps: float | None,
+        *,
+        dropout: bool = False,
         reference: list[Tensor] | None = None,
     ) -> None:
         self.twin = twin
         self._seed = seed
         self._spread = spread
         self._changed: set[str] = set()
-        self._eps = eps
+        self._session = partial(twin.session, seed, eps=eps, dropout=dropout)
         if reference is None:
             self._place()
         self._reference = self._run() if reference is None else reference
@@ -95,7 +99,7 @@ class Trial:
             move: Parameters to replace by random values at the same time.
         """
         self._rescale(claims, None)
-        self._move(move, 1.0)
+        self._move(move, 2.0)
         return self._change()
 
     def far(self, claims: Sequence[Claim]) -> float:
@@ -127,14 +131,15 @@ class Trial:
                     self._changed.add(name)
 
     def _move(self, names: Sequence[str], size: float) -> None:
-        """Move parameters by a relative size; by 1 or more, also those that are zero."""
+        """Move parameters by a relative size; by 1 or more, far enough to wake dead units."""
         gen = torch.Generator().manual_seed(self._seed)
         with torch.no_grad():
             for name in names:
                 p = self.twin.params[name]
                 noise = torch.randn(p.shape, generator=gen, dtype=torch.float32)
                 noise = noise.to(p.device, p.dtype)
-                p.add_(noise if size >= 1.0 else noise * p, alpha=size)
+                scale = 1.0 + float(p.abs().max()) if size >= 1.0 and p.numel() else p
+                p.add_(noise * scale, alpha=size)
                 self._changed.add(name)
 
     def _change(self) -> float:
@@ -164,7 +169,7 @@ class Trial:
         with (
             torch.no_grad(),
             warnings.catch_warnings(),
-            self.twin.session(self._seed, eps=self._eps),
+            self._session(),
         ):
             # The probes have shown the model's own; here some layers would warn about no_grad.
             warnings.simplefilter("ignore")

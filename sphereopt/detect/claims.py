@@ -61,11 +61,14 @@ class Claim:
         return entries > self.count
 
 
-def gathered(spheres: Iterable[Mapping[str, Sequence[int]]], shapes: Shapes) -> Iterator[Claim]:
+def gathered(
+    spheres: Iterable[Mapping[str, Sequence[int]]], parts: Mapping[str, Partition], shapes: Shapes
+) -> Iterator[Claim]:
     """Yield claims from single spheres, expressible ones, a parameter in at most one of them.
 
     Args:
-        spheres: For each sphere, name -> (axis, index, index, ...) of its entries.
+        spheres: For each sphere, name -> labels (in ``parts``) of its entries.
+        parts: Name -> partition.
         shapes: Name -> shape.
     """
     by_names: dict[frozenset[str], list[Mapping[str, Sequence[int]]]] = {}
@@ -74,24 +77,27 @@ def gathered(spheres: Iterable[Mapping[str, Sequence[int]]], shapes: Shapes) -> 
     taken: set[str] = set()
     for names, group in sorted(by_names.items(), key=lambda item: -len(item[1])):
         if taken.isdisjoint(names):
-            claim = _expressible(_claim(sorted(names), group, shapes), shapes)
+            claim = _expressible(_claim(sorted(names), group, parts), shapes)
             if claim is not None:
                 taken |= names
                 yield claim
 
 
 def _claim(
-    names: Sequence[str], group: Sequence[Mapping[str, Sequence[int]]], shapes: Shapes
+    names: Sequence[str],
+    group: Sequence[Mapping[str, Sequence[int]]],
+    parts: Mapping[str, Partition],
 ) -> Claim:
-    parts = {}
+    group = sorted(group, key=lambda sphere: sphere[names[0]][0])
+    numbered = {}
     for name in names:
-        axis = group[0][name][0]
-        size = shapes[name][axis] if shapes[name] else 1
-        labels = torch.full((size,), -1)
-        for number, sphere in enumerate(sorted(group, key=lambda s: s[names[0]][1])):
-            labels[torch.tensor(sphere[name][1:])] = number
-        parts[name] = Partition(axis, labels)
-    return Claim(parts)
+        part = parts[name]
+        number = torch.full((part.count,), -1)
+        old = [label for sphere in group for label in sphere[name]]
+        new = [i for i, sphere in enumerate(group) for _ in sphere[name]]
+        number[torch.tensor(old)] = torch.tensor(new)
+        numbered[name] = Partition(part.axis, number[part.labels])
+    return Claim(numbered)
 
 
 def _expressible(claim: Claim, shapes: Shapes) -> Claim | None:

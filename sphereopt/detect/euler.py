@@ -30,7 +30,7 @@ class Probe:
     Attributes:
         sums: Name -> dim (0, and 1 for matrices) -> sums over the indices of that dim, shape
             (4, size): of ``p = w * df/dw``, of ``|p|``, of ``w**2``, and the number of entries.
-        grads: Name -> norm of the gradient.
+        grads: Name -> norm of the gradient, where that was asked for.
         typical: Median over the parameters of the mean ``|w * df/dw|`` of an entry.
         precision: Of the run.
         outputs: What the run returned, to compare others with.
@@ -64,7 +64,9 @@ class Reading:
         return float(self.ratio.max()) if len(self.ratio) else 0.0
 
 
-def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = False) -> Probe:
+def take_probe(
+    twin: Twin, seed: int, *, eps: float | None, dropout: bool = False, radial: bool = False
+) -> Probe:
     """Run one forward and backward at the twin's present point and reduce every gradient.
 
     Args:
@@ -72,6 +74,7 @@ def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = Fals
         seed: For the model's randomness and the random cotangent of every output.
         eps: The normalization eps, or ``None`` for the model's own.
         dropout: Whether dropout modules drop.
+        radial: Also measure what the radial share of a gradient takes.
 
     Raises:
         ValueError: If no output depends on a parameter.
@@ -79,7 +82,10 @@ def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = Fals
     sums: dict[str, dict[int, Tensor]] = {}
     grads: dict[str, float] = {}
     gen = torch.Generator().manual_seed(seed)
-    with twin.session(seed, eps=eps, dropout=dropout), _reducing(twin, sums, grads):
+    with (
+        twin.session(seed, eps=eps, dropout=dropout),
+        _reducing(twin, sums, grads if radial else None),
+    ):
         outputs = twin.outputs()
         kept = [t.detach().clone() for t in outputs]
         outs = [t for t in outputs if t.requires_grad]
@@ -108,7 +114,7 @@ def take_probe(twin: Twin, seed: int, *, eps: float | None, dropout: bool = Fals
 
 @contextmanager
 def _reducing(
-    twin: Twin, sums: dict[str, dict[int, Tensor]], grads: dict[str, float]
+    twin: Twin, sums: dict[str, dict[int, Tensor]], grads: dict[str, float] | None
 ) -> Iterator[None]:
     """Reduce each gradient as soon as it is complete, so that they never exist all at once."""
 
@@ -117,12 +123,13 @@ def _reducing(
             return
         grad = p.grad.to_dense() if p.grad.layout is not torch.strided else p.grad
         p.grad = None
-        new = _sums(p.detach(), grad)
+        if grads is not None:
+            grads[name] = grads.get(name, 0.0) + float(grad.norm())
+        new = _sums(p.detach(), grad, squares=grads is not None)
         for dim, old in sums.get(name, {}).items():
             # Re-entrant activation checkpointing delivers a gradient in parts.
             new[dim][:2] += old[:2]
         sums[name] = new
-        grads[name] = grads.get(name, 0.0) + float(grad.norm())
 
     handles = [
         p.register_post_accumulate_grad_hook(partial(reduce, name))  # type: ignore[no-untyped-call]
@@ -137,18 +144,22 @@ def _reducing(
         twin.module.zero_grad(set_to_none=True)
 
 
-def _sums(w: Tensor, grad: Tensor) -> dict[int, Tensor]:
-    product = w * grad
-    reduced = []
-    for x in (product, product.abs(), w * w):
-        # Convolution kernels are summed first: what is left is small.
-        x = x.flatten(2).sum(2) if x.ndim > 2 else x
-        reduced.append([x.sum(1), x.sum(0)] if x.ndim > 1 else [x.reshape(-1)])
+def _sums(w: Tensor, grad: Tensor, *, squares: bool) -> dict[int, Tensor]:
+    """Reduce a gradient, and use it up."""
+    product = grad.mul_(w)
+    reduced = [_by_dim(product), _by_dim(product.abs_())]
+    reduced.append(_by_dim(w * w) if squares else [torch.zeros_like(x) for x in reduced[0]])
     sums = {}
     for dim, parts in enumerate(zip(*reduced, strict=True)):
         size = torch.full_like(parts[0], w.numel() // parts[0].numel())
         sums[dim] = torch.stack([*parts, size]).double().cpu()
     return sums
+
+
+def _by_dim(x: Tensor) -> list[Tensor]:
+    # Convolution kernels are summed first: what is left is small.
+    x = x.flatten(2).sum(2) if x.ndim > 2 else x
+    return [x.sum(1), x.sum(0)] if x.ndim > 1 else [x.reshape(-1).clone()]
 
 
 def read(probes: Sequence[Probe], claim: Claim) -> Reading:

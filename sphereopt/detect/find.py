@@ -154,23 +154,24 @@ def _measured(
     # The user's own point comes first: what is wrong with the inputs shows here, undisguised.
     twin.place(None)
     own = hash_seed(seed, "own")
-    real = euler.take_probe(twin, own, eps=None)
-    probes, spread = _generic_probes(twin, seed)
-    guess = hypotheses(probes, shapes)
-    proof = _proof(twin, guess, probes, _point(seed, 0))
-    judge = Judge(model, shapes, guess, proof, Numbers(probes, real))
+    real = euler.take_probe(twin, own, eps=None, radial=True)
+    probe, spread = _generic_probe(twin, seed)
+    guess = hypotheses([probe], shapes, real)
+    proof = _proof(twin, guess, [probe], _point(seed, 0))
+    judge = Judge(model, shapes, guess, proof, Numbers([probe], real))
     if judge.numerical:
         # Without a proof the numbers stand alone: more of them, and kinks further away.
-        more = [_probe(twin, _point(seed, i), spread, i % 2 == 1) for i in (2, 3)]
-        judge = Judge(model, shapes, guess, proof, Numbers([*probes, *more], real))
-        trial = Trial(twin, _point(seed, 4), spread, twin.precision.certificate_eps)
+        more = [_probe(twin, _point(seed, i), spread, dropout=i == 2) for i in (1, 2)]
+        judge = Judge(model, shapes, guess, proof, Numbers([probe, *more], real))
+        trial = Trial(twin, _point(seed, 3), spread, twin.precision.certificate_eps)
     else:
-        trial = Trial(twin, _point(seed, 0), spread, TINY_EPS, probes[0].outputs)
+        there = probe.outputs
+        trial = Trial(twin, _point(seed, 0), spread, TINY_EPS, dropout=True, reference=there)
     certificate = certify(trial, judge.proved, judge.numerical, sorted(guess.inert))
     at_real = None
     if certificate.kept:
         twin.place(None)
-        at_real = Trial(twin, own, None, None, real.outputs).near(certificate.kept)
+        at_real = Trial(twin, own, None, None, reference=real.outputs).near(certificate.kept)
     return judge.findings(certificate, at_real), proof.symmetries
 
 
@@ -184,16 +185,15 @@ def _proof(twin: Twin, guess: Hypotheses, probes: list[euler.Probe], seed: int) 
     return proof if finer is None else prove(twin, finer, seed)
 
 
-def _generic_probes(twin: Twin, seed: int) -> tuple[list[euler.Probe], float]:
-    """Return probes at random points, the last with the copy there, and how far these are.
+def _generic_probe(twin: Twin, seed: int) -> tuple[euler.Probe, float]:
+    """Return a probe at a random point, the copy there, and how far that is.
 
-    Dropout hides signal but belongs to the training function: Linear with bias -> Dropout ->
-    BatchNorm is invariant without the mask only. So one probe drops, another observes.
+    With dropout, which belongs to the training function: Linear with bias -> Dropout -> BatchNorm
+    is invariant without the mask only.
     """
     for spread in _SPREADS:
         try:
-            dropped = [_probe(twin, _point(seed, 1), spread, True)] if twin.drops else []
-            return [_probe(twin, _point(seed, 0), spread, False), *dropped], spread
+            return _probe(twin, _point(seed, 0), spread, dropout=True), spread
         except NotFiniteError:
             continue
     raise NotFiniteError(
@@ -206,7 +206,7 @@ def _point(seed: int, index: int) -> int:
     return hash_seed(seed, str(index))
 
 
-def _probe(twin: Twin, seed: int, spread: float, dropout: bool) -> euler.Probe:
+def _probe(twin: Twin, seed: int, spread: float, *, dropout: bool) -> euler.Probe:
     twin.place(seed, spread)
     return euler.take_probe(twin, seed, eps=TINY_EPS, dropout=dropout)
 

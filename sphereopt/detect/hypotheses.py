@@ -34,14 +34,16 @@ class Hypotheses:
     inert: set[str]
 
 
-def hypotheses(probes: Sequence[Probe], shapes: Shapes) -> Hypotheses:
+def hypotheses(probes: Sequence[Probe], shapes: Shapes, real: Probe) -> Hypotheses:
     """Test all candidates against the probes.
 
     Args:
         probes: At generic points, with the normalization eps removed.
         shapes: Name -> shape of the parameters, in the model's order.
+        real: At the model's own weights, where no dropout hides a signal.
     """
-    unseen = {n for n in shapes if not read(probes, _whole(n, shapes)).seen.any()}
+    everywhere = [*probes, real]
+    unseen = {n for n in shapes if not read(everywhere, _whole(n, shapes)).seen.any()}
     claims: list[Claim] = []
     units: dict[str, Partition] = {}
     for name in shapes:

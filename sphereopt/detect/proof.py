@@ -13,10 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .claims import Claim, Shapes, gathered
+from .degrees import Degree
 from .forms import Origin
 from .ideal import TINY_EPS
 from .partition import Partition
-from .propagate import Degree, Propagation
+from .propagate import Propagation
 from .rules import MOVING, RULES
 from .solve import Solution, solve
 from .twin import Twin
@@ -91,7 +92,7 @@ def prove(twin: Twin, parts: Mapping[str, Partition], seed: int) -> Proof:
     solution = solve(len(units.owner), equations, p.used_at)
     shapes = {name: tuple(t.shape) for name, t in twin.params.items()}
     return Proof(
-        list(gathered((_located(units, s) for s in _seen(p, units, solution)), shapes)),
+        list(gathered((_labels(units, s) for s in _seen(p, solution)), parts, shapes)),
         _origins(units, solution),
         [named for s in solution.symmetries if (named := _named(units, s, shapes))],
         _unexercised(p, units),
@@ -99,7 +100,7 @@ def prove(twin: Twin, parts: Mapping[str, Partition], seed: int) -> Proof:
     )
 
 
-def _seen(p: Propagation, units: _Units, solution: Solution) -> list[list[int]]:
+def _seen(p: Propagation, solution: Solution) -> list[list[int]]:
     """Return the spheres that mean something: an operation used them.
 
     Rows of an embedding are alike, so that those not looked up share what those that were show.
@@ -108,18 +109,13 @@ def _seen(p: Propagation, units: _Units, solution: Solution) -> list[list[int]]:
     return [s for s in solution.spheres if any(unit in exercised for unit in s)]
 
 
-def _located(units: _Units, sphere: list[int]) -> dict[str, list[int]]:
-    """Return name -> (axis, index, ...) of the entries of a sphere."""
+def _labels(units: _Units, sphere: list[int]) -> dict[str, list[int]]:
+    """Return name -> labels of the entries of a sphere."""
     labels: dict[str, list[int]] = {}
     for unit in sphere:
         name, label = units.owner[unit]
         labels.setdefault(name, []).append(label)
-    located = {}
-    for name, own in labels.items():
-        part = units.parts[name]
-        index = torch.isin(part.labels, torch.tensor(own)).nonzero().flatten()
-        located[name] = [part.axis, *index.tolist()]
-    return located
+    return labels
 
 
 def _origins(units: _Units, solution: Solution) -> dict[str, Origin]:

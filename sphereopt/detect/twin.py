@@ -76,7 +76,6 @@ class Twin:
         precision: the same.
         module: the copy; every floating-point parameter requires grad.
         params: its distinct floating-point parameters by name.
-        drops: whether it has dropout modules that drop.
     """
 
     def __init__(
@@ -108,7 +107,6 @@ class Twin:
             for m in self.module.modules()
             if isinstance(m, nn.modules.dropout._DropoutNd) and m.training
         ]
-        self.drops = bool(self._dropouts)
         for dropout in self._dropouts:
             dropout.p = min(dropout.p, _MOST_DROPOUT)
         self._buffers = [

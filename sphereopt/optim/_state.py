@@ -92,19 +92,21 @@ def _pieces(unit: _Unit, sphere: str, keys: tuple[str, ...], free: bool) -> Iter
     for state in unit.states[1:]:
         # Members of a joint sphere share its numbers, also after a checkpoint parted them.
         state.update({k: first[k] for k in ("radius", "virtual_radius") if k in first})
-    step = int(first["step"].item())
-    for piece in spheres.pieces(sphere):
+    pieces, step = spheres.pieces(sphere), int(first["step"].item())
+    for piece in pieces:
         members = [
             spheres.views([p.detach(), grad, *[state[key] for key in keys]], piece)
             for p, grad, state in zip(unit.params, unit.grads, unit.states, strict=True)
         ]
         weights, gradients, *buffers = (list(x) for x in zip(*members, strict=True))
-        stop = start + weights[0].shape[0]
-        radius = first["radius"][start:stop]
-        virtual = first["virtual_radius"][start:stop] if free else None
+        radius, virtual = first["radius"], first["virtual_radius"] if free else None
+        if len(pieces) > 1:
+            stop = start + weights[0].shape[0]
+            radius = radius[start:stop]
+            virtual = None if virtual is None else virtual[start:stop]
+            start = stop
         named = dict(zip(keys, buffers, strict=True))
         yield Block(unit.name, weights, gradients, named, radius, virtual, step)
-        start = stop
 
 
 def _ordinary(unit: _Unit, sphere: str, keys: tuple[str, ...]) -> Iterator[Block]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sphereopt.detect.degrees import Call, Degree, Offset, aligned
 from sphereopt.detect.forms import joined, representative
-from sphereopt.detect.propagate import Call, Degree, Offset, Propagation, Rule, aligned
+from sphereopt.detect.propagate import Propagation, Rule
 
 
 def contract(p: Propagation, a: Tensor, b: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphereopt.detect.degrees import Call, Degree, Offset, aligned
 from sphereopt.detect.forms import joined
 from sphereopt.detect.ideal import TINY_EPS
-from sphereopt.detect.propagate import Call, Degree, Offset, Propagation, Rule, aligned
+from sphereopt.detect.propagate import Propagation, Rule
 
 
 def same(p: Propagation, call: Call) -> Degree:
@@ -135,7 +136,23 @@ def multiply(p: Propagation, call: Call, sign: float) -> Degree | None:
     if not isinstance(y, Tensor) or (y.ndim == 0 and p.degree(y) is None):
         return _multiple(p, x)
     ndim = len(call.shapes[0])
+    dx, dy = (p.degree(t) or Degree(p.ids(t)) for t in (x, y))
+    if dx.offsets and not dy.offsets:
+        return _scaled(p, dx, y, ndim, sign)
+    if dy.offsets and not dx.offsets and sign == 1.0:
+        return _scaled(p, dy, x, ndim, sign)
     return Degree(p.forms.add(p.ids(x, ndim), p.ids(y, ndim), sign))
+
+
+def _scaled(p: Propagation, degree: Degree, factor: Tensor, ndim: int, sign: float) -> Degree:
+    """Return the degree of a product: an offset stays one, constant where the factor is, too."""
+    by, own = p.ids(factor, ndim), aligned(factor, ndim).shape
+    offsets = []
+    for ids, labels in degree.each(lambda t: aligned(t, ndim)).offsets:
+        shape = [max(n, m) for n, m in zip(labels.shape, own, strict=True)]
+        product = p.forms.add(ids, by, sign)
+        offsets.append(Offset(product.expand(shape), p.fresh_labels(shape)))
+    return Degree(p.forms.add(aligned(degree.ids, ndim), by, sign), tuple(offsets))
 
 
 def fused_multiply_add(p: Propagation, call: Call, sign: float) -> Degree:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sphereopt.detect.degrees import Call, Degree, Offset, aligned
 from sphereopt.detect.forms import ANY, ZERO, joined
-from sphereopt.detect.propagate import Call, Degree, Offset, Propagation, Rule, aligned
+from sphereopt.detect.propagate import Propagation, Rule
 
 
 def move(p: Propagation, call: Call) -> Any:
@@ -126,19 +128,46 @@ def join(p: Propagation, call: Call) -> Degree:
     """``cat``."""
     tensors = [t for t in call["tensors"] if t.numel() or t.ndim > 1]
     dim = call["dim"] % max(tensors[0].ndim, 1)
-    ndim = tensors[0].ndim
-    every = [p.ids(t) for t in tensors]
-    # The other dims stay of size 1 where they are so in all.
-    shape = [max(ids.shape[d] for ids in every) for d in range(ndim)]
-    sizes = [[t.shape[d] if d == dim else n for d, n in enumerate(shape)] for t in tensors]
-    return Degree(torch.cat([ids.expand(n) for ids, n in zip(every, sizes, strict=True)], dim))
+    sizes = [t.shape[dim] for t in tensors]
+
+    def joined_up(parts: list[Tensor]) -> Tensor:
+        # The other dims stay of size 1 where they are so in all.
+        shape = [max(x.shape[d] for x in parts) for d in range(parts[0].ndim)]
+        full = (
+            x.expand(*shape[:dim], n, *shape[dim + 1 :]) for x, n in zip(parts, sizes, strict=True)
+        )
+        return torch.cat(list(full), dim)
+
+    return _together(p, tensors, joined_up)
+
+
+def _together(
+    p: Propagation, tensors: list[Tensor], put: Callable[[list[Tensor]], Tensor]
+) -> Degree:
+    """Return the degree of several tensors put into one; what has no offset has one that is 0."""
+    degrees = [p.degree(t) or Degree(p.ids(t)) for t in tensors]
+    offsets = []
+    for i in range(max(len(degree.offsets) for degree in degrees)):
+        own = [
+            degree.offsets[i] if i < len(degree.offsets) else _no_offset(p, t.ndim)
+            for degree, t in zip(degrees, tensors, strict=True)
+        ]
+        offsets.append(Offset(put([o.ids for o in own]), put([o.labels for o in own])))
+    return Degree(put([degree.ids for degree in degrees]), tuple(offsets))
+
+
+def _no_offset(p: Propagation, ndim: int) -> Offset:
+    one = [1] * ndim
+    return Offset(torch.full(one, ANY), p.fresh_labels(one))
 
 
 def stack(p: Propagation, call: Call) -> Degree:
     """``stack``."""
     dim = call["dim"] % len(call.shapes[0])
     shape = call["tensors"][0].shape
-    return Degree(torch.stack([p.ids(t).expand(shape) for t in call["tensors"]], dim))
+    return _together(
+        p, call["tensors"], lambda parts: torch.stack([x.expand(shape) for x in parts], dim)
+    )
 
 
 def write(p: Propagation, call: Call) -> Degree:

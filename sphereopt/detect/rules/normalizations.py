@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sphereopt.detect.degrees import Call, Degree, Offset
 from sphereopt.detect.forms import ZERO
-from sphereopt.detect.propagate import Call, Degree, Offset, Propagation, Rule
+from sphereopt.detect.propagate import Propagation, Rule
 
 from .contractions import with_bias
 from .reductions import centred

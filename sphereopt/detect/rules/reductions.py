@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from sphereopt.detect.degrees import Call, Degree
 from sphereopt.detect.forms import joined
-from sphereopt.detect.propagate import Call, Degree, Propagation, Rule
+from sphereopt.detect.propagate import Propagation, Rule
 
 
 def dims_of(x: Tensor, dim: Any) -> list[int]:
