@@ -91,16 +91,35 @@ class Trial:
             for t in self._reference
         ]
 
-    def near(self, claims: Sequence[Claim], move: Sequence[str] = ()) -> float:
+    def near(self, claims: Sequence[Claim], move: Sequence[str] = (), size: float = 2.0) -> float:
         """Return the relative output change under a random factor in [1/3, 3] per sphere.
 
         Args:
             claims: What to rescale.
-            move: Parameters to replace by random values at the same time.
+            move: Parameters to move at random at the same time.
+            size: How far, and with its sign which way.
         """
         self._rescale(claims, None)
-        self._move(move, 2.0)
+        self._move(move, size)
         return self._change()
+
+    def moved(self, names: Sequence[str], given: Sequence[str] = ()) -> float:
+        """Return the largest relative output change when parameters move either way.
+
+        Args:
+            names: Parameters to move.
+            given: Parameters that are moved on both sides of the comparison.
+        """
+        before = self._reference
+        changes = []
+        for size in (2.0, -2.0):
+            if given:
+                self._restore()
+                self._move(given, size)
+                self._reference = self._run()
+            changes.append(self.near([], move=[*given, *names], size=size))
+        self._reference = before
+        return max(changes)
 
     def far(self, claims: Sequence[Claim]) -> float:
         """Return the largest relative output change under factors common to all spheres."""
@@ -131,14 +150,14 @@ class Trial:
                     self._changed.add(name)
 
     def _move(self, names: Sequence[str], size: float) -> None:
-        """Move parameters by a relative size; by 1 or more, far enough to wake dead units."""
-        gen = torch.Generator().manual_seed(self._seed)
+        """Move parameters by a relative size; from 1 on far enough to wake dead units."""
         with torch.no_grad():
             for name in names:
+                gen = torch.Generator().manual_seed(hash_seed(self._seed, name))
                 p = self.twin.params[name]
                 noise = torch.randn(p.shape, generator=gen, dtype=torch.float32)
                 noise = noise.to(p.device, p.dtype)
-                scale = 1.0 + float(p.abs().max()) if size >= 1.0 and p.numel() else p
+                scale = 1.0 + float(p.abs().max()) if abs(size) >= 1.0 and p.numel() else p
                 p.add_(noise * scale, alpha=size)
                 self._changed.add(name)
 
@@ -204,11 +223,15 @@ def certify(
     limit = trial.twin.precision.rescaling
     every = [*proved, *numerical]
     joint = trial.near(every, move=inert)
-    if joint <= limit and (not numerical or trial.far(every) <= trial.twin.precision.far):
+    still = not inert or trial.near([], move=inert, size=-2.0) <= limit
+    far = trial.twin.precision.far
+    if joint <= limit and still and (not numerical or trial.far(every) <= far):
         return Certificate(joint, every, [], set())
-    live = set()
-    if inert and trial.near([], move=inert) > limit:
-        live = {name for name in inert if trial.near([], move=[name]) > limit}
+    live: set[str] = set()
+    if inert and trial.moved(inert) > limit:
+        live = {name for name in inert if trial.moved([name]) > limit} or set(inert)
+        # A weight behind a dead unit matters once the unit is awake.
+        live |= {name for name in inert if trial.moved([name], given=sorted(live)) > limit}
     if proved and trial.near(proved) > limit:
         _check(trial, proved)
     kept, refuted = list(proved), []

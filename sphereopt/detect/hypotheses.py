@@ -59,6 +59,9 @@ def hypotheses(probes: Sequence[Probe], shapes: Shapes, real: Probe) -> Hypothes
             if bias is not None and bias not in units:
                 # Alone it says nothing, but a ReLU that is never off may hide that it belongs here.
                 units.update(_like(claim.parts[name], bias, shapes))
+        if name not in units and not read(probes, _whole(name, shapes)).seen.any():
+            # No signal at the generic point: the proof has to do without a hint.
+            units[name] = next(candidates((name,), shapes), _whole(name, shapes)).parts[name]
         units.setdefault(name, Partition.whole(shapes[name]))
     return Hypotheses(claims, {name: units[name] for name in shapes if name in units}, unseen)
 

@@ -190,9 +190,12 @@ class Judge:
 
     def _reason(self, name: str, error: float | None) -> str:
         if error is not None:
+            why = "a kink out of reach, or a scale that leaves autograd"
+            if name in self._proof.origins:
+                why = in_words(self._proof.origins[name])
             return (
-                f"refuted: rescaling changes the outputs by {error:.1e} of their size, but no "
-                "gradient shows it (a kink out of reach, or a scale that leaves autograd)"
+                f"refuted: rescaling changes the outputs by {error:.1e} of their size, though no "
+                f"gradient shows it: {why}"
             )
         if name in self._why:
             return self._why[name]
