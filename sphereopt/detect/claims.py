@@ -37,6 +37,8 @@ class Claim:
 
     def spec(self, shapes: Shapes) -> str | None:
         """Return the one spec that says these spheres for every member, or None."""
+        if self.count == 1 and len(self.parts) > 1 and all(p.full for p in self.parts.values()):
+            return "tensor"  # also of members with a single row
         specs = {name: part.spec(shapes[name]) for name, part in self.parts.items()}
         if "col" in specs.values():  # the bias of a transposed convolution goes by its only dim
             vectors = {name for name in specs if len(shapes[name]) == 1 and specs[name] == "row"}
