@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from brute_force import BruteForce, as_inputs, floating, grades, same  # noqa: E402
+from detection_figure import draw  # noqa: E402
 from detection_zoo import CASES  # noqa: E402
 from third_party_zoo import MODELS  # noqa: E402
 
@@ -221,6 +222,8 @@ own eps. It sees one tensor at a time; a matrix that is invariant only with its 
 as missed nor, if AdamP lets it be, as false. AdamP knows rows and whole tensors, no blocks.
 Where its answer is wrong it removes a part of the update that mattered, for that step.
 
+![Left: invariant shares. Right: errors.](detection.svg)
+
 {table}
 
 ## Not exact
@@ -279,6 +282,7 @@ def main():
         data = {**facts, "steps": options.steps, "rows": rows, "sums": sums}
         (options.out / "detection.json").write_text(json.dumps(data, indent=1) + "\n")
         (options.out / "detection.md").write_text(page([*rows, *sums], facts, options.steps))
+        draw(rows, options.out / "detection.svg")
 
 
 def groups(published, small):
