@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sphereopt.detect import find_spheres
+from sphereopt.detect import find_spheres, rules
 
 N = 6
 
@@ -132,6 +132,8 @@ HOMOGENEOUS = {
     "roll_flip": lambda s, x: lin(s, x).roll(1, 1) + lin(s, x).flip(1),
     "unfold": lambda s, x: lin(s, x).unfold(1, 3, 2),
     "im2col": lambda s, x: F.unfold(img(s, x), (2, 1)),
+    "as_strided": lambda s, x: lin(s, x).as_strided((8, 2), (N, 2), 1),
+    "as_strided_transposed": lambda s, x: lin(s, x).t().as_strided((N, 8), (1, N)),
     "repeat": lambda s, x: lin(s, x).repeat(1, 2) + lin(s, x).repeat_interleave(2, 1),
     "pixel_shuffle": lambda s, x: F.pixel_shuffle(lin(s, x).reshape(-1, 6, 1, 1)[:, :4], 2),
     "max_pool": lambda s, x: F.max_pool1d(lin(s, x)[:, None], 2),
@@ -249,3 +251,16 @@ def test_not_homogeneous(name):
     model = Snippet(lambda s, x: function(s, x) * s.a.norm())
     finding = find_spheres(model, torch.randn(8, N))["a"]
     assert finding.status in ("none", "numerical"), str(finding)
+
+
+def test_a_rule_that_fails_costs_its_proof_and_says_so(monkeypatch):
+    def broken(p, call):
+        raise IndexError("three dims only")
+
+    monkeypatch.setitem(rules.RULES, "relu", broken)
+    torch.manual_seed(0)
+    report = find_spheres(Snippet(HOMOGENEOUS["leaky"]), torch.randn(8, N))
+    assert (report["a"].status, report.notes) == ("proved", ())
+    report = find_spheres(Snippet(HOMOGENEOUS["relu"]), torch.randn(8, N))
+    assert report["a"].status == "numerical"
+    assert report.notes == ("the rule of relu failed: three dims only",)

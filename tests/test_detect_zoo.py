@@ -79,6 +79,7 @@ def test_labels_are_the_brute_force_ones(name):
     report = find_spheres(model, x)
     matrices = {n: s for n, s in report.spheres.items() if type(n) is str and report[n].shape[1:]}
     assert matrices == expected, str(report)
+    assert report.notes == ()  # no rule met what it did not expect
     assert brute_force(model, x) == expected
     for finding in report.values():
         assert finding.status != "numerical"  # all of them have a proof

@@ -115,15 +115,17 @@ def find_spheres(
         return Twin(inner, inputs, kwargs or {}, choose, precision, device)
 
     with preserved_rng(), torch.inference_mode(False), torch.enable_grad():
-        findings, symmetries, notes = _found(twin, inner, seed)
+        findings, proof, notes = _found(twin, inner, seed)
     named = {finding.name: finding for finding in findings}
-    return SphereReport(named, _aliases(model, inner), tuple(symmetries), notes)
+    return SphereReport(
+        named, _aliases(model, inner), tuple(proof.symmetries), (*notes, *proof.failures)
+    )
 
 
 def _found(
     twin: Callable[..., Twin], model: nn.Module, seed: int
-) -> tuple[list[Finding], list[dict[str, float]], tuple[str, ...]]:
-    """Return findings, symmetries and notes: by numbers in some precision, or without."""
+) -> tuple[list[Finding], Proof, tuple[str, ...]]:
+    """Return findings, proof and notes: by numbers in some precision, or without."""
     if any(p.is_meta for p in model.parameters()):
         return *symbolic(twin(DOUBLE, "meta"), model, seed), (_NO_VALUES,)
     dtypes = [precision.dtype for precision in (DOUBLE, SINGLE) if has_room(model, precision.dtype)]
@@ -146,9 +148,7 @@ def _lacks_double(error: Exception) -> bool:
     )
 
 
-def _measured(
-    twin: Twin, model: nn.Module, seed: int
-) -> tuple[list[Finding], list[dict[str, float]]]:
+def _measured(twin: Twin, model: nn.Module, seed: int) -> tuple[list[Finding], Proof]:
     """Filter by numbers, prove, certify."""
     shapes = {name: tuple(p.shape) for name, p in twin.params.items()}
     # The user's own point comes first: what is wrong with the inputs shows here, undisguised.
@@ -172,7 +172,7 @@ def _measured(
     if certificate.kept:
         twin.place(None)
         at_real = Trial(twin, own, None, None, reference=real.outputs).near(certificate.kept)
-    return judge.findings(certificate, at_real), proof.symmetries
+    return judge.findings(certificate, at_real), proof
 
 
 def _proof(twin: Twin, guess: Hypotheses, probes: list[euler.Probe], seed: int) -> Proof:

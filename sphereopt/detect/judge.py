@@ -203,7 +203,10 @@ class Judge:
             return in_words(self._proof.origins[name])
         if self._parameters[name].numel() == 1:
             return "a single entry: it has no direction"
-        return "its spheres have no spec, or overlap with those of other parameters"
+        return (
+            "nothing stands in its way, but its spheres are single entries, have no spec, or "
+            "overlap with others"
+        )
 
 
 def _unexercised(count: int, n: int) -> str:

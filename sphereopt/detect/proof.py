@@ -34,6 +34,7 @@ class Proof:
         symmetries: Rescalings: name -> exponent.
         unexercised: Name -> how many of its indices no operation but a selection touched.
         tables: Names of parameters that an embedding looks up: their rows are alike.
+        failures: Operations used in a way that their rules did not expect.
     """
 
     claims: list[Claim]
@@ -41,6 +42,7 @@ class Proof:
     symmetries: list[dict[str, float]]
     unexercised: dict[str, int]
     tables: set[str]
+    failures: list[str]
 
 
 @final
@@ -97,6 +99,7 @@ def prove(twin: Twin, parts: Mapping[str, Partition], seed: int) -> Proof:
         [named for s in solution.symmetries if (named := _named(units, s, shapes))],
         _unexercised(p, units),
         {units.owner[unit][0] for unit in p.looked_up},
+        list(dict.fromkeys(p.failures)),
     )
 
 

@@ -41,6 +41,7 @@ class Propagation(TorchDispatchMode):
         operations: How many operations have run.
         used_at: Unit -> number of the first operation that used it.
         looked_up: Units of tables that an embedding selects from.
+        failures: What rules did not expect.
     """
 
     def __init__(self, rules: Mapping[str, Rule], moving: Collection[str] = ()) -> None:
@@ -50,6 +51,7 @@ class Propagation(TorchDispatchMode):
         self.operations = 0
         self.used_at: dict[int, int] = {}
         self.looked_up: set[int] = set()
+        self.failures: list[str] = []
         self._rules = rules
         self._moving = frozenset(moving)
         self._degrees: MutableMapping[Tensor, Degree] = _by_tensor()
@@ -248,7 +250,21 @@ class Propagation(TorchDispatchMode):
             self.say(f"{call.op}, an operation without a rule,")
             self.freeze(call)
             return [None] * count
-        result = rule(self, call)
+        try:
+            result = rule(self, call)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as e:
+            # A use of the operation that its rule was not made for costs this proof, not the run.
+            self.failures.append(f"the rule of {call.op} failed: {e}")
+            self.say(f"{call.op}, used as no rule expects,")
+            self.freeze(call)
+            return [None] * count
         results = list(result) if isinstance(result, list | tuple) else [result]
         return (results + [None] * count)[:count]
 

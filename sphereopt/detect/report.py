@@ -35,7 +35,7 @@ class Evidence:
         radial: Share of the gradient that is radial at the model's own weights and eps,
             ``sqrt(sum_S <w_S,g_S>^2/|w_S|^2) / |g|`` over the spheres S of ``sphere`` (without one,
             the whole tensor): 0 for an invariant weight, 1 if the gradient only rescales it.
-            ``None`` where the gradient is zero.
+            ``None`` where the gradient or the weight is zero.
         probes: Number of generic points.
         rescaling_at_real_eps: Like ``rescaling``, at the model's own weights and eps.
     """

@@ -11,15 +11,13 @@ from .claims import bias_of
 from .hypotheses import Hypotheses
 from .judge import Judge, Numbers
 from .partition import Partition
-from .proof import prove
+from .proof import Proof, prove
 from .report import Finding
 from .twin import Twin, hash_seed
 
 
-def symbolic(
-    twin: Twin, model: nn.Module, seed: int
-) -> tuple[list[Finding], list[dict[str, float]]]:
-    """Return findings and symmetries of a copy on the meta device.
+def symbolic(twin: Twin, model: nn.Module, seed: int) -> tuple[list[Finding], Proof]:
+    """Return findings and proof of a copy on the meta device.
 
     Without numbers to say which partitions are worth a proof, the unknowns are all rows; then, of
     matrices that do not split by rows, all columns.
@@ -54,4 +52,4 @@ def symbolic(
         kept = [claim for claim in proof.claims if split.isdisjoint(claim.names)]
         proof = replace(proof, claims=[*kept, *finer])
     judge = Judge(model, shapes, guess, proof, Numbers([], None))
-    return judge.findings(Certificate(0.0, judge.proved, [], set()), None), proof.symmetries
+    return judge.findings(Certificate(0.0, judge.proved, [], set()), None), proof

@@ -47,6 +47,22 @@ def _several(call: Call, ids: Tensor, args: list[Any]) -> list[Tensor]:
     return list(out) if isinstance(out, list | tuple) else [out]
 
 
+def as_strided(p: Propagation, call: Call) -> Degree | None:
+    """Other strides over the memory of a view: done to a book of degrees of the same layout."""
+    x = call["self"]
+    start = call["storage_offset"]
+    start = 0 if start is None else start - x.storage_offset()
+    span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    book = torch.full((span,), -1)
+    book.as_strided(x.shape, x.stride(), 0).copy_(p.ids(x).expand(x.shape))
+    reach = sum((n - 1) * s for n, s in zip(call["size"], call["stride"], strict=True))
+    if start < 0 or start + reach >= span:
+        return p.freeze(call)
+    ids = book.as_strided(call["size"], call["stride"], start).clone()
+    # Memory between the entries of x: nothing is known of it.
+    return p.freeze(call) if bool((ids < 0).any()) else Degree(ids)
+
+
 def keep(p: Propagation, call: Call) -> Degree | None:
     """The same entries."""
     return p.degree(call.args[0])
@@ -222,6 +238,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(["_to_copy", "to"], cast),
     **dict.fromkeys(["_conj", "_neg_view", "resolve_conj", "resolve_neg"], keep),
+    "as_strided": as_strided,
     "copy": copy,
     "fill": fill,
     "zero": fill,
