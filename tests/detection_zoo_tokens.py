@@ -5,47 +5,10 @@ As in ``detection_zoo_full``, every expectation is derived by hand.
 
 import torch
 from detection_zoo import LN, Net, UpcastRMS, rows, seq, tokens
+from detection_zoo_attention import Attention
 from detection_zoo_full import Case, joint, lin, own, param
 from torch import nn
 from torch.nn import functional as F
-
-
-class Attention(nn.Module):
-    """Two heads of four, or four over two; Q, K and V in one matrix, in thirds or head by head."""
-
-    def __init__(self, norm=None, bias=False, fused=None, grouped=False, end=True):
-        super().__init__()
-        self.heads = (4, 2, 2) if grouped else (2, 2, 2)
-        self.fused, self.norm, self.end = fused, norm, end
-        sizes = [4 * h for h in self.heads]
-        if fused:
-            self.qkv = lin(8, sum(sizes), bias)
-        else:
-            self.q, self.k, self.v = (lin(8, n, bias) for n in sizes)
-        if norm in (nn.RMSNorm, LN, UpcastRMS):
-            self.qn, self.kn = norm(4), norm(4)
-        self.o = lin(sizes[0], 8, bias)
-
-    def split(self, x):
-        if self.fused == "by head":
-            return self.qkv(x).unflatten(-1, (2, 3, 4)).unbind(-2)
-        if self.fused:
-            parts = self.qkv(x).split([4 * h for h in self.heads], -1)
-        else:
-            parts = self.q(x), self.k(x), self.v(x)
-        return (y.unflatten(-1, (h, 4)) for y, h in zip(parts, self.heads, strict=True))
-
-    def forward(self, x):
-        q, k, v = (y.transpose(1, 2) for y in self.split(x))
-        if self.norm == "l2":
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        elif self.norm:
-            q, k = self.qn(q), self.kn(k)
-        groups = self.heads[0] // self.heads[1]
-        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v)
-        y = self.o(y.transpose(1, 2).flatten(2))
-        return x + y if self.end else y
 
 
 class Block(nn.Module):
@@ -216,8 +179,6 @@ def pixels():
 def table(n, *parts, **options):
     return seq(nn.Embedding(n, 8, **options), *parts, LN(8), lin(8, 3, True))
 
-
-HEADS = {"q.weight": "block:2", "k.weight": "block:2"}
 
 STREAM = joint("p", "e.weight", *WRITERS)
 

@@ -96,6 +96,34 @@ def escaping(scale):
     return linear_net(lambda s, x: s.h(torch.tanh(s.n(s.f(x)) * scale(s, x))), n=LN(6))
 
 
+def stochastic_depth():
+    def forward(s, x):
+        keep = (torch.rand(x.shape[0], 1, dtype=x.dtype) > 0.3).to(x.dtype)
+        return s.h(torch.tanh(s.bn(x) + keep * s.bn2(s.f(x))))
+
+    return Net(forward, f=lin(8, 8), bn=BN1(8), bn2=BN1(8), h=lin(8, 2, True))
+
+
+def layer_drop():
+    """Dropped as a whole, by a Python branch, half of the times."""
+
+    def forward(s, x):
+        y = s.bn(x)
+        return s.h(torch.tanh(y + s.bn2(s.f(x)) if torch.rand(()) > 0.5 else y))
+
+    return Net(forward, f=lin(8, 8), bn=BN1(8), bn2=BN1(8), h=lin(8, 2, True))
+
+
+def skip_drop():
+    """The same, with a second branch that is not normalized: nothing is invariant."""
+
+    def forward(s, x):
+        y = s.n(s.f(x))
+        return s.h(torch.tanh(y + s.f(x) if torch.rand(()) > 0.5 else y))
+
+    return linear_net(forward, n=LN(6))
+
+
 def argmax_router():
     def forward(s, x):
         chosen = F.one_hot(s.r(x).argmax(-1), 4).to(x.dtype)
@@ -120,11 +148,6 @@ def batch():
 
 
 TANGENT, REFUTED = "not tangent", "refuted: rescaling"
-
-
-def small():
-    return 0.1 * image()
-
 
 # What training code does around a network.
 AROUND = {
@@ -178,7 +201,10 @@ AROUND = {
 # Where gradients, traces or both mislead.
 TRAPS = {
     "relu6_out_of_reach": Case(
-        lambda: conv_norm(nn.ReLU6(), BN(6)), small, {}, reasons={"0.weight": REFUTED}
+        lambda: conv_norm(nn.ReLU6(), BN(6)),
+        lambda: 0.1 * image(),
+        {},
+        reasons={"0.weight": REFUTED},
     ),
     "tanh_bn": Case(
         lambda: lin_norm(nn.Tanh(), BN1(6)), rows, {}, reasons={"0.weight": "tanh is not homog"}
@@ -204,6 +230,21 @@ TRAPS = {
         *(rows, {}),
         reasons={"f.weight": TANGENT},
         coarser={"f.weight": TANGENT},
+    ),
+    "stochastic_depth": Case(stochastic_depth, rows, {"f.weight": "row"}),
+    "layer_drop": Case(
+        *(layer_drop, rows, {"f.weight": "row"}),
+    ),
+    "skip_drop": Case(
+        *(skip_drop, rows, {}),
+    ),
+    # Only in this example do a row of one and a row of the other always meet.
+    "coupled_lookups": Case(
+        lambda: Net(
+            lambda s, i: s.h(s.n(s.e(i) + s.p)),
+            **{"e": nn.Embedding(4, 8), "p": param(4, 8), "n": LN(8), "h": lin(8, 2)},
+        ),
+        *(lambda: torch.arange(4)[None], joint("p", "e.weight")),
     ),
     "slice_assignment": Case(assigned, rows, {"a.weight": "row", "b.weight": "row"}),
     # No gradient, but a proof: only a common factor of all scores keeps the argmax.

@@ -3,18 +3,17 @@
 import functools
 from typing import NamedTuple
 
-import detection_zoo_full as full
-import detection_zoo_tokens as seqs
 import pytest
 import torch
 from brute_force import BruteForce, grades
+from detection_zoo_attention import ATTENTION
+from detection_zoo_full import BIASES, BLOCKS, GAINS
+from detection_zoo_tokens import OTHERS, STREAMS
+from detection_zoo_training import AROUND, TRAPS
 
 from sphereopt.detect import SphereReport, find_spheres
 
-GROUPS = (
-    *(full.BIASES, full.GAINS, full.BLOCKS, full.AROUND, full.TRAPS),
-    *(seqs.ATTENTION, seqs.STREAMS, seqs.OTHERS),
-)
+GROUPS = (BIASES, GAINS, BLOCKS, AROUND, TRAPS, ATTENTION, STREAMS, OTHERS)
 CASES = {name: case for group in GROUPS for name, case in group.items()}
 assert len(CASES) == sum(map(len, GROUPS)), "two cases of one name"
 
@@ -47,13 +46,7 @@ def oracle(name):
     return BruteForce(inner, args, kwargs, **options)
 
 
-def with_known_flaws():
-    for name, case in CASES.items():
-        flaw = pytest.mark.xfail(reason=case.not_found, strict=True) if case.not_found else ()
-        yield pytest.param(name, marks=flaw)
-
-
-@pytest.mark.parametrize("name", with_known_flaws())
+@pytest.mark.parametrize("name", CASES)
 def test_what_is_known_by_hand(name):
     case, report = CASES[name], run(name).report
     assert report.spheres == case.spheres, str(report)

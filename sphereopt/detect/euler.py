@@ -42,6 +42,11 @@ class Probe:
     precision: Precision
     outputs: list[Tensor]
 
+    def pulls(self, name: str) -> bool:
+        """Return whether a gradient, if it was measured, is more than rounding."""
+        own = self.grads.get(name, 0.0)
+        return own > self.precision.noise * max(self.grads.values(), default=0.0)
+
 
 @final
 @dataclass(frozen=True)

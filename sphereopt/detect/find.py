@@ -16,7 +16,7 @@ from .hypotheses import Hypotheses, hypotheses, refined
 from .ideal import DOUBLE, SINGLE, TINY_EPS, Precision
 from .judge import Judge, Numbers
 from .partition import Partition
-from .proof import Proof, prove
+from .proof import DRAWS, Proof, prove
 from .report import Finding, SphereReport
 from .symbolic import symbolic
 from .twin import NotFiniteError, Twin, hash_seed, preserved_rng
@@ -158,12 +158,17 @@ def _measured(twin: Twin, model: nn.Module, seed: int) -> tuple[list[Finding], P
     probe, spread = _generic_probe(twin, seed)
     guess = hypotheses([probe], shapes, real)
     proof = _proof(twin, guess, [probe], _point(seed, 0))
-    judge = Judge(model, shapes, guess, proof, Numbers([probe], real))
-    if judge.numerical:
+    more: list[euler.Probe] = []
+    if proof.random_path:
+        more = [_probe(twin, _point(seed, i), spread, dropout=True) for i in range(3, 3 + DRAWS)]
+        guess = hypotheses([probe, *more], shapes, real)
+        proof = _proof(twin, guess, [probe, *more], _point(seed, 0))
+    judge = Judge(model, shapes, guess, proof, Numbers([probe, *more], real))
+    if judge.numerical or more:
         # Without a proof the numbers stand alone: more of them, and kinks further away.
-        more = [_probe(twin, _point(seed, i), spread, dropout=i == 2) for i in (1, 2)]
+        more += [_probe(twin, _point(seed, i), spread, dropout=i == 2) for i in (1, 2)]
         judge = Judge(model, shapes, guess, proof, Numbers([probe, *more], real))
-        trial = Trial(twin, _point(seed, 3), spread, twin.precision.certificate_eps)
+        trial = Trial(twin, _point(seed, -1), spread, twin.precision.certificate_eps)
     else:
         there = probe.outputs
         trial = Trial(twin, _point(seed, 0), spread, TINY_EPS, dropout=True, reference=there)
@@ -181,7 +186,8 @@ def _proof(twin: Twin, guess: Hypotheses, probes: list[euler.Probe], seed: int) 
         name: guess.units.get(name, Partition.whole(shapes[name])) for name in shapes
     }
     proof = prove(twin, units, seed)
-    finer = refined(proof.claims, units, probes, shapes)
+    plain = [claim for claim in proof.claims if proof.tables.isdisjoint(claim.names)]
+    finer = refined(plain, units, probes, shapes)
     return proof if finer is None else prove(twin, finer, seed)
 
 

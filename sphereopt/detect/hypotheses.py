@@ -42,8 +42,13 @@ def hypotheses(probes: Sequence[Probe], shapes: Shapes, real: Probe) -> Hypothes
         shapes: Name -> shape of the parameters, in the model's order.
         real: At the model's own weights, where no dropout hides a signal.
     """
-    everywhere = [*probes, real]
-    unseen = {n for n in shapes if not read(everywhere, _whole(n, shapes)).seen.any()}
+    # A bias that starts at zero has a gradient and no product with it.
+    pulled = {name for name in shapes if real.pulls(name)}
+    unseen = {
+        name
+        for name in shapes
+        if name not in pulled and not read([*probes, real], _whole(name, shapes)).seen.any()
+    }
     claims: list[Claim] = []
     units: dict[str, Partition] = {}
     for name in shapes:

@@ -20,7 +20,11 @@ from .partition import Partition
 from .propagate import Propagation
 from .rules import MOVING, RULES
 from .solve import Solution, solve
-from .twin import Twin
+from .twin import Twin, drawn_by_python, hash_seed
+
+#: How many more draws of a random path are followed: a branch of probability 1/3 is missed by all
+#: of them in one run of 25.
+DRAWS = 8
 
 
 @final
@@ -34,6 +38,7 @@ class Proof:
         symmetries: Rescalings: name -> exponent.
         unexercised: Name -> how many of its indices no operation but a selection touched.
         tables: Names of parameters that an embedding looks up: their rows are alike.
+        random_path: What runs is drawn at random.
         failures: Operations used in a way that their rules did not expect.
     """
 
@@ -42,6 +47,7 @@ class Proof:
     symmetries: list[dict[str, float]]
     unexercised: dict[str, int]
     tables: set[str]
+    random_path: bool
     failures: list[str]
 
 
@@ -76,19 +82,10 @@ def prove(twin: Twin, parts: Mapping[str, Partition], seed: int) -> Proof:
         seed: For the model's randomness.
     """
     p, units = Propagation(RULES, MOVING), _Units(parts)
-    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the missing gradients; the probes have shown others
-        session = twin.session(seed, eps=TINY_EPS, dropout=True, on_escape=p.escape)
-        with session, p.modules(twin.module):
-            inputs = twin.fresh_inputs()
-            for t in [*pytree.tree_leaves(inputs), *twin.module.buffers(), *twin.params.values()]:
-                if isinstance(t, Tensor):
-                    p.mark_data(t)
-            for name, t in twin.params.items():
-                p.set(t, units.degree(p, name, t))
-            with p:
-                outs = twin.outputs(inputs)
-            p.demand_no_degree(outs)
+    _run(p, units, twin, seed)
+    for draw in range(DRAWS if p.random_path else 0):
+        # Layers that are skipped at random: what holds must hold on all paths.
+        _run(p, units, twin, hash_seed(seed, str(draw)))
     table = p.forms.table
     equations = {table[x]: origin for x, origin in p.forms.equations.items()}
     solution = solve(len(units.owner), equations, p.used_at)
@@ -99,8 +96,28 @@ def prove(twin: Twin, parts: Mapping[str, Partition], seed: int) -> Proof:
         [named for s in solution.symmetries if (named := _named(units, s, shapes))],
         _unexercised(p, units),
         {units.owner[unit][0] for unit in p.looked_up},
+        p.random_path,
         list(dict.fromkeys(p.failures)),
     )
+
+
+def _run(p: Propagation, units: _Units, twin: Twin, seed: int) -> None:
+    """Run the twin with degrees attached; equations add up in ``p``."""
+    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the missing gradients; the probes have shown others
+        session = twin.session(seed, eps=TINY_EPS, dropout=True, on_escape=p.escape)
+        with session, p.modules(twin.module):
+            inputs = twin.fresh_inputs()
+            for t in [*pytree.tree_leaves(inputs), *twin.tensors()]:
+                if isinstance(t, Tensor):
+                    p.mark_data(t)
+            for name, t in twin.params.items():
+                p.set(t, units.degree(p, name, t))
+            before = drawn_by_python()
+            with p:
+                outs = twin.outputs(inputs)
+            p.random_path |= drawn_by_python() != before
+            p.demand_no_degree(outs)
 
 
 def _seen(p: Propagation, solution: Solution) -> list[list[int]]:

@@ -42,6 +42,8 @@ class Propagation(TorchDispatchMode):
         used_at: Unit -> number of the first operation that used it.
         looked_up: Units of tables that an embedding selects from.
         failures: What rules did not expect.
+        random_path: Whether Python read a number that was drawn at random: another draw may run
+            other operations.
     """
 
     def __init__(self, rules: Mapping[str, Rule], moving: Collection[str] = ()) -> None:
@@ -52,11 +54,13 @@ class Propagation(TorchDispatchMode):
         self.used_at: dict[int, int] = {}
         self.looked_up: set[int] = set()
         self.failures: list[str] = []
+        self.random_path = False
         self._rules = rules
         self._moving = frozenset(moving)
         self._degrees: MutableMapping[Tensor, Degree] = _by_tensor()
         # Tensors whose zeros are accidents of the input.
         self._data: MutableMapping[Tensor, bool] = _by_tensor()
+        self._random: MutableMapping[Tensor, bool] = _by_tensor()
         self._views: dict[int, list[weakref.ref[Tensor]]] = {}
         self._module: list[str] = []
         self._op = ""
@@ -205,6 +209,8 @@ class Propagation(TorchDispatchMode):
         schema = func._schema
         self.operations += 1
         self._op = _plain_name(schema.name.partition("::")[2])
+        if self._op in _READ and any(t in self._random for t in inputs):
+            self.random_path = True
         if live and self._op not in self._moving:
             self._note_use(inputs)
         if not schema.is_mutable or any(r.alias_info is None for r in schema.returns):
@@ -282,8 +288,11 @@ class Propagation(TorchDispatchMode):
 
     def _track(self, results: list[Tensor], inputs: list[Tensor]) -> None:
         fresh = self._op in _STRUCTURAL
-        data = self._op in _RANDOM or (not fresh and any(t in self._data for t in inputs))
+        random = self._op in _RANDOM or any(t in self._random for t in inputs)
+        data = random or (not fresh and any(t in self._data for t in inputs))
         for o in results:
+            if random:
+                self._random[o] = True
             if data:
                 self.mark_data(o)
             key = _storage(o)
@@ -338,6 +347,7 @@ _STRUCTURAL = frozenset(
         "new_empty",
     ]
 )
+_READ = frozenset(["_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"])
 _RANDOM = frozenset(
     [
         "bernoulli",

@@ -182,6 +182,13 @@ class Twin:
             stack.enter_context(arithmetic)
             yield
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what the copy holds: parameters, buffers, and tensors kept as plain attributes."""
+        yield from self.module.parameters()
+        for module in self.module.modules():
+            kept = (*module._buffers.values(), *vars(module).values())
+            yield from (value for value in kept if isinstance(value, Tensor))
+
     def _detached(self, t: Tensor) -> Tensor:
         t = t.detach() if self._device is None else t.detach().to(self._device)
         return t.to(self.precision.dtype) if t.is_floating_point() else t
@@ -224,6 +231,12 @@ class Twin:
         if inputs is None and not all(bool(t.isfinite().all()) for t in tensors):
             raise NotFiniteError("the model's outputs contain inf or NaN on the example input")
         return tensors
+
+
+def drawn_by_python() -> object:
+    """Return something that changes when ``random`` or numpy's legacy generator is drawn from."""
+    state = np.random.get_state()  # noqa: NPY002  models use the legacy one
+    return random.getstate(), state[1].tobytes(), state[2]  # type: ignore[index]
 
 
 def hash_seed(seed: int, name: str) -> int:

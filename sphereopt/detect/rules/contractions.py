@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sphereopt.detect.degrees import Call, Degree, Offset, aligned
-from sphereopt.detect.forms import joined, representative
+from sphereopt.detect.forms import ZERO, joined, representative
 from sphereopt.detect.propagate import Propagation, Rule
 
 
@@ -95,6 +95,19 @@ def outer(p: Propagation, call: Call) -> Degree:
     return Degree(p.forms.add(p.ids(x).unsqueeze(1), p.ids(y).unsqueeze(0)))
 
 
+def trilinear(p: Propagation, call: Call) -> Degree:
+    """``nn.Bilinear``: products of three, broadcast, then summed."""
+    product = torch.full([1], ZERO)
+    for number in (1, 2, 3):
+        ids = p.ids(call[f"i{number}"])
+        for dim in call[f"expand{number}"]:
+            ids = ids.unsqueeze(dim)
+        product = ids if number == 1 else p.forms.add(product, ids)
+    dims = sorted(d % product.ndim for d in call["sumdim"])
+    summed = p.along(product, dims)
+    return Degree(summed.reshape([n for d, n in enumerate(summed.shape) if d not in dims]))
+
+
 def grouped_mm(p: Propagation, call: Call) -> Degree:
     """One product per expert, on consecutive runs of rows: every expert of one degree."""
     x, y = call["self"], call["mat2"]
@@ -168,6 +181,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["dot", "vdot"], dot),
     "ger": outer,
     "_grouped_mm": grouped_mm,
+    "_trilinear": trilinear,
     **dict.fromkeys(_CONVOLUTIONS.split(), convolution),
     **dict.fromkeys(_ATTENTIONS.split(), attention),
 }

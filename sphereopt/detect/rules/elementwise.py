@@ -228,6 +228,18 @@ def prelu(p: Propagation, call: Call) -> Degree:
     return Degree(p.ids(call.args[0]))
 
 
+def gated(p: Propagation, call: Call) -> Degree:
+    """GLU: the first half times a sigmoid of the second."""
+    x, dim = call["self"], call["dim"]
+    ids = p.ids(x)
+    half = x.shape[dim] // 2
+    if ids.shape[dim] == 1:
+        p.zero(ids)
+        return Degree(ids)
+    p.zero(ids.narrow(dim, half, half))
+    return Degree(ids.narrow(dim, 0, half))
+
+
 def dropout(p: Propagation, call: Call) -> Degree:
     """A random mask times a constant."""
     return Degree(p.ids(call.args[0]))
@@ -245,7 +257,7 @@ def pairs(p: Propagation, call: Call) -> Degree:
     return Degree(p.along(ids, [ids.ndim - 1]).squeeze(-1))
 
 
-_SAME = "relu abs leaky_relu real imag"
+_SAME = "relu abs leaky_relu rrelu_with_noise real imag"
 _LINEAR = "neg negative"
 #: Not homogeneous. They are named so that a reader sees that they were thought of; an operation
 #: that is in no table is treated alike.
@@ -294,6 +306,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["clamp", "clamp_min", "clamp_max", "clip", "hardtanh"], clamp),
     "threshold": threshold,
     "where": where,
+    "glu": gated,
     "masked_fill": masked_fill,
     **dict.fromkeys(["prelu", "_prelu_kernel"], prelu),
     **dict.fromkeys(["native_dropout", "_fused_dropout"], dropout),
