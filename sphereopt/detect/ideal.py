@@ -86,6 +86,7 @@ _CLAMPS = {
     Tensor.clip_,
 }
 _ESCAPES = {Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.__dlpack__}
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _DOWN_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 _CASTS = {Tensor.to, Tensor.type}
 
@@ -143,6 +144,8 @@ class IdealArithmetic(TorchFunctionMode):
             self._on_escape(args[0])
         if self._eps is not None:
             args, named = _with_eps(func, args, named, self._eps)
+        if func == _DATA:
+            return args[0].detach()  # the same, seen by dispatch modes
         if func in _DOWN_CASTS:
             return args[0].to(self._dtype)
         if func in _CASTS:

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .degrees import Call, Degree, Offset, aligned
 from .forms import ANY, ZERO, Forms, Origin, compressed, joined, representative
+from .schema import bind, is_whole, plain_name, storage_of, tensors_in
 
 # Structural zeros (padding, masks) of constants are looked for up to this size.
 _LOOKED_AT = 1 << 22
@@ -208,14 +209,14 @@ class Propagation(TorchDispatchMode):
         live = any(t in self._degrees for t in inputs)
         schema = func._schema
         self.operations += 1
-        self._op = _plain_name(schema.name.partition("::")[2])
+        self._op = plain_name(schema.name.partition("::")[2])
         if self._op in _READ and any(t in self._random for t in inputs):
             self.random_path = True
         if live and self._op not in self._moving:
             self._note_use(inputs)
         if not schema.is_mutable or any(r.alias_info is None for r in schema.returns):
             out = func(*args, **kwargs)
-            results = _tensors(out)
+            results = tensors_in(out)
             if live:
                 call = self._call(func, args, kwargs, [o.shape for o in results], out)
                 for o, degree in zip(results, self._apply(call, len(results)), strict=True):
@@ -228,9 +229,9 @@ class Propagation(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: Any, inputs: list[Tensor], live: bool
     ) -> Any:
         """Run an operation that returns what it writes to; rules see what was there before."""
-        bound = _bind(func._schema, args, kwargs)
+        bound = bind(func._schema, args, kwargs)
         written = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-        targets = _tensors([bound[name] for name in written])
+        targets = tensors_in([bound[name] for name in written])
         degrees: list[Degree | None] = [None] * len(targets)
         if live:
             call = self._call(func, args, kwargs, [t.shape for t in targets], None)
@@ -238,7 +239,7 @@ class Propagation(TorchDispatchMode):
         out = func(*args, **kwargs)
         for t, degree in zip(targets, degrees, strict=True):
             self._overwrite(t, degree)
-        self._track(_tensors(out), inputs)
+        self._track(tensors_in(out), inputs)
         if any(t in self._data for t in inputs):
             for t in targets:
                 for alias in self._aliases(t):
@@ -248,7 +249,7 @@ class Propagation(TorchDispatchMode):
     def _call(
         self, func: Any, args: tuple[Any, ...], kwargs: Any, shapes: list[torch.Size], out: Any
     ) -> Call:
-        return Call(self._op, func, _bind(func._schema, args, kwargs), args, kwargs, shapes, out)
+        return Call(self._op, func, bind(func._schema, args, kwargs), args, kwargs, shapes, out)
 
     def _apply(self, call: Call, count: int) -> list[Degree | None]:
         rule = self._rules.get(call.op)
@@ -295,16 +296,18 @@ class Propagation(TorchDispatchMode):
                 self._random[o] = True
             if data:
                 self.mark_data(o)
-            key = _storage(o)
+        # Inputs as well: a view of a buffer, when it is written to, changes the buffer.
+        for t in [*results, *inputs]:
+            key = storage_of(t)
             if key is not None:
                 refs = self._views.setdefault(key, [])
                 refs[:] = [r for r in refs if r() is not None]
-                if not any(r() is o for r in refs):
-                    refs.append(weakref.ref(o))
+                if not any(r() is t for r in refs):
+                    refs.append(weakref.ref(t))
 
     def _aliases(self, t: Tensor) -> list[Tensor]:
         """Return the living tensors on the storage of ``t``, itself first."""
-        key = _storage(t)
+        key = storage_of(t)
         others = [r() for r in self._views.get(key, [])] if key is not None else []
         return [t, *(o for o in others if o is not None and o is not t)]
 
@@ -315,7 +318,7 @@ class Propagation(TorchDispatchMode):
         self.set(t, degree)
         if len(aliases) == 1 or (degree is None and not known):
             return
-        whole = next((o for o in aliases if _is_whole(o)), None)
+        whole = next((o for o in aliases if is_whole(o)), None)
         if whole is None:
             # No tensor to keep the books on: nothing on this memory may have a degree.
             for o in aliases:
@@ -336,64 +339,10 @@ def _by_tensor() -> Any:
 
 # Results whose zeros do not depend on any input.
 _STRUCTURAL = frozenset(
-    [
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-    ]
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()  # noqa: SIM905
 )
 _READ = frozenset(["_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"])
 _RANDOM = frozenset(
-    [
-        "bernoulli",
-        "rand",
-        "randn",
-        "rand_like",
-        "randn_like",
-        "uniform",
-        "normal",
-        "exponential",
-        "random",
-        "multinomial",
-        "native_dropout",
-        "geometric",
-        "log_normal",
-        "cauchy",
-    ]
+    "bernoulli rand randn rand_like randn_like uniform normal exponential random multinomial "  # noqa: SIM905
+    "native_dropout geometric log_normal cauchy".split()
 )
-
-
-def _plain_name(name: str) -> str:
-    if name.endswith("_") and not name.endswith("__"):
-        name = name[:-1]
-    if name.endswith("_copy") and name not in ("_to_copy", "index_copy"):
-        name = name.removesuffix("_copy")  # view_copy is view, for our purpose
-    return name
-
-
-def _bind(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    bound.update(zip((a.name for a in schema.arguments), args, strict=False))
-    return {**bound, **kwargs}
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    return [o for o in pytree.tree_leaves(out) if isinstance(o, Tensor)]
-
-
-def _storage(t: Tensor) -> int | None:
-    try:
-        return None if t.is_meta else t.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have none
-        return None
-
-
-def _is_whole(t: Tensor) -> bool:
-    """Return whether a tensor lies contiguously over all of its storage."""
-    nbytes = t.untyped_storage().nbytes()
-    return t.is_contiguous() and t.storage_offset() == 0 and t.numel() * t.element_size() == nbytes
