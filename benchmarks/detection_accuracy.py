@@ -222,6 +222,10 @@ own eps. It sees one tensor at a time; a matrix that is invariant only with its 
 as missed nor, if AdamP lets it be, as false. AdamP knows rows and whole tensors, no blocks.
 Where its answer is wrong it removes a part of the update that mattered, for that step.
 
+The rules of our proof were written while looking at many of these models, so this is no held-out
+score; random networks are (`python tests/test_detect_fuzz.py 500 700`: 713 claims, none false,
+none missed, 2 coarser).
+
 ![Left: invariant shares. Right: errors.](detection.svg)
 
 {table}
