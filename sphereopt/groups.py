@@ -232,7 +232,8 @@ def _split(
         if outside:
             raise ValueError(
                 f"parameter {names[p]!r} is on a joint sphere with {', '.join(outside)}, which is "
-                "in another group; put them in one"
+                "in another group; put them in one, or leave that sphere out of a dict made from "
+                "report.spheres"
             )
         on_spheres.setdefault(chosen[p], []).append(p)
     parts: list[Group] = []
