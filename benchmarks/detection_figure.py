@@ -45,7 +45,8 @@ def draw(rows, path):
         widths = [r["adamp"][key] / r["matrices"] for r in rows]
         right.barh(y, widths, left=start, color=colour, label=label)
         start = [a + b for a, b in zip(start, widths, strict=True)]
-    ours = [(r["ours"]["false"] + r["ours"]["missed"]) / r["matrices"] for r in rows]
+    wrong = [r["ours"]["false"] + r["ours"]["missed"] for r in rows]
+    ours = [n / r["matrices"] for n, r in zip(wrong, rows, strict=True)]
     right.plot(
         ours,
         y,
@@ -54,7 +55,7 @@ def draw(rows, path):
         markersize=6,
         clip_on=False,
         zorder=3,
-        label="find_spheres, false or missed",
+        label=f"find_spheres, false or missed ({sum(wrong)} in all)",
     )
     right.set_xlabel("share of the matrices judged wrongly")
     right.legend(loc="center right", fontsize=7, framealpha=1)
