@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 # Not 0: a dead channel or a padding token has variance 0, and 0/0 would hide everything behind it.
-TINY = 1e-30
+# But far below what a weight scaled by 1e-3 makes of a variance: 1e-24 after a square and a gate.
+TINY = 1e-60
 # Added constants up to this are an eps. The largest in use is 1e-3 (TensorFlow's BatchNorm).
 LARGEST_EPS = 1.1e-3
 # A change of the outputs, relative to their largest entry, that counts as none. Rounding reaches
