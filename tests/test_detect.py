@@ -1,5 +1,6 @@
 """find_spheres on models of all kinds: what it leaves alone, what it says, what it refuses."""
 
+import ctypes
 import json
 import random
 import threading
@@ -24,7 +25,7 @@ from detection_zoo import (
 from torch import nn
 from torch.nn import functional as F
 
-from sphereopt.detect import SphereReport, find_spheres
+from sphereopt.detect import DetectionError, SphereReport, find_spheres, rules
 
 
 @pytest.fixture(autouse=True)
@@ -322,6 +323,26 @@ def test_rescaling_refutes_what_the_gradient_cannot_see(forward):
     assert refuted.reason.startswith("refuted")
     assert refuted.evidence.euler < 1e-12
     assert refuted.evidence.rescaling > 1e-3
+
+
+def hidden(s, x):
+    # Read from memory: no dispatcher sees the scale leave.
+    address = s.f.weight.detach().untyped_storage().data_ptr()
+    return s.h(torch.tanh(s.n(s.f(x)) * abs(ctypes.c_double.from_address(address).value)))
+
+
+def test_a_proof_that_rescaling_contradicts_raises():
+    model = Net(hidden, f=nn.Linear(8, 6, bias=False), n=LN(6), h=nn.Linear(6, 2))
+    with pytest.raises(DetectionError, match=r"rescaling changes the outputs by .*: f\.weight"):
+        find_spheres(model, rows())
+
+
+def test_a_wrong_rule_raises(monkeypatch):
+    """The gradient disagrees, and no detached scale explains it."""
+    monkeypatch.setitem(rules.RULES, "gelu", rules.RULES["relu"])
+    model = lin_norm(nn.GELU(), LN(6))
+    with pytest.raises(DetectionError, match=r"0\.weight"):
+        find_spheres(model, rows())
 
 
 def test_claims_that_fail_only_jointly_are_thinned_out():

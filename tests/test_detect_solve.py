@@ -10,7 +10,7 @@ import torch
 from sphereopt import spheres
 from sphereopt.detect.claims import Claim, bias_of
 from sphereopt.detect.forms import ANY, ZERO, Forms, Origin, compressed, joined
-from sphereopt.detect.partition import Partition, partition
+from sphereopt.detect.partition import Partition
 from sphereopt.detect.solve import solve
 
 HERE = Origin("op", "module")
@@ -111,6 +111,12 @@ def test_joined_and_compressed():
     assert compressed(a).shape == (1, 2)
     assert compressed(torch.full((3, 4), 7)).shape == (1, 1)
     assert compressed(torch.zeros(0, 3, dtype=torch.long)).shape[0] == 0
+
+
+def partition(spec, shape):
+    """Return the partition of a spec without pieces."""
+    axis = 1 if spec == "col" else 0
+    return Partition.blocks(shape[axis], spheres.count(spec, shape), axis)
 
 
 @pytest.mark.parametrize(

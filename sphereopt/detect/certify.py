@@ -136,6 +136,7 @@ class Trial:
 
     def rounding(self, claims: Sequence[Claim]) -> float:
         """Return the relative output change when all of these entries are rounded otherwise."""
+        self._restore()
         self._move([name for claim in claims for name in claim.names], self.twin.precision.unit)
         return self._change()
 
@@ -205,7 +206,11 @@ class Trial:
 
 
 def certify(
-    trial: Trial, proved: Sequence[Claim], numerical: Sequence[Claim], inert: Sequence[str]
+    trial: Trial,
+    proved: Sequence[Claim],
+    numerical: Sequence[Claim],
+    inert: Sequence[str],
+    detached: Sequence[Claim] = (),
 ) -> Certificate:
     """Certify all claims at once and, should that fail, find out which are wrong.
 
@@ -214,10 +219,14 @@ def certify(
         proved: Claims with a proof.
         numerical: Claims of the Euler test alone; they must also stand factors of 1000.
         inert: Parameters that get no gradient: the outputs should not depend on them.
+        detached: Claims with a proof that the gradient does not agree with. They must hold: the
+            function is then invariant, and its gradient another's.
 
     Raises:
         DetectionError: If rescaling contradicts a proof.
     """
+    if detached:
+        _check(trial, detached)
     if not (proved or numerical or inert):
         return Certificate(0.0, [], [], set())
     limit = trial.twin.precision.rescaling

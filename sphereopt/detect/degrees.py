@@ -67,7 +67,6 @@ class Call:
         args: Its arguments as they were given.
         kwargs: Likewise.
         shapes: Shapes of the tensors it returns.
-        out: What it returned; for in-place operations None, rules run before these.
     """
 
     op: str
@@ -76,7 +75,6 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     shapes: list[torch.Size]
-    out: Any
 
     def __getitem__(self, name: str) -> Any:
         return self.bound[name]

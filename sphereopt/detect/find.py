@@ -172,7 +172,8 @@ def _measured(twin: Twin, model: nn.Module, seed: int) -> tuple[list[Finding], P
     else:
         there = probe.outputs
         trial = Trial(twin, _point(seed, 0), spread, TINY_EPS, dropout=True, reference=there)
-    certificate = certify(trial, judge.proved, judge.numerical, sorted(guess.inert))
+    inert = sorted(guess.inert)
+    certificate = certify(trial, judge.proved, judge.numerical, inert, judge.detached)
     at_real = None
     if certificate.kept:
         twin.place(None)

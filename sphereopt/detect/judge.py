@@ -63,6 +63,7 @@ class Judge:
 
     Attributes:
         proved: Claims with a proof that the gradient agrees with.
+        detached: Claims with a proof that it does not.
         numerical: Claims of the numbers about parameters that no proof covers.
     """
 
@@ -78,6 +79,7 @@ class Judge:
         self._shapes, self._guess, self._proof = shapes, guess, proof
         self._numbers = numbers
         self._why: dict[str, str] = {}
+        self.detached: list[Claim] = []
         self.proved = [claim for claim in proof.claims if self._stands(claim)]
         covered = {name for claim in self.proved for name in claim.names}
         self.numerical = [
@@ -97,6 +99,7 @@ class Judge:
             return len(self._shapes[claim.names[0]]) > 1
         if self._numbers.tangent(claim):
             return True
+        self.detached.append(claim)
         for name in claim.names:
             self._why[name] = (
                 "the function is invariant but its gradient is not tangent: a detached scale or a "

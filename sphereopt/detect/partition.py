@@ -10,8 +10,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sphereopt import spheres
-
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,13 +111,3 @@ def _pieces(runs: list[tuple[int, int, int]]) -> Iterator[tuple[str, int, int]]:
                 yield kind, start, stop
                 pending = []
         pending.append(run)
-
-
-def partition(spec: str, shape: Sequence[int]) -> Partition:
-    """Return the partition of a spec without pieces."""
-    if not shape:
-        return Partition.whole(shape)
-    axis = 1 if spec == "col" and len(shape) > 1 else 0
-    if spec == "col" and len(shape) == 1:
-        return Partition.blocks(shape[0], shape[0])
-    return Partition.blocks(shape[axis], spheres.count(spec, shape) or 1, axis)

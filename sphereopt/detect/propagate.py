@@ -97,8 +97,7 @@ class Propagation(TorchDispatchMode):
         """Ask that all summands be of one degree, and return it."""
         ids = degree.ids
         for offset in degree.offsets:
-            self.equal(ids, offset.ids)
-            ids = joined(ids, offset.ids)
+            ids = self.agreed(ids, offset.ids)
         return ids
 
     def _constant(self, t: Tensor) -> Tensor:
@@ -116,6 +115,11 @@ class Propagation(TorchDispatchMode):
     def equal(self, a: Tensor, b: Tensor) -> None:
         """Ask for equal degrees."""
         self.forms.demand_equal(a, b, self.origin)
+
+    def agreed(self, a: Tensor, b: Tensor) -> Tensor:
+        """Ask for equal degrees and return them, broadcast."""
+        self.equal(a, b)
+        return joined(a, b)
 
     def along(self, ids: Tensor, dims: list[int]) -> Tensor:
         """Ask for equal degrees along dims; return one per line, the dims kept."""
@@ -218,7 +222,7 @@ class Propagation(TorchDispatchMode):
             out = func(*args, **kwargs)
             results = tensors_in(out)
             if live:
-                call = self._call(func, args, kwargs, [o.shape for o in results], out)
+                call = self._call(func, args, kwargs, [o.shape for o in results])
                 for o, degree in zip(results, self._apply(call, len(results)), strict=True):
                     self.set(o, degree)
             self._track(results, inputs)
@@ -234,7 +238,7 @@ class Propagation(TorchDispatchMode):
         targets = tensors_in([bound[name] for name in written])
         degrees: list[Degree | None] = [None] * len(targets)
         if live:
-            call = self._call(func, args, kwargs, [t.shape for t in targets], None)
+            call = self._call(func, args, kwargs, [t.shape for t in targets])
             degrees = self._apply(call, len(targets))
         out = func(*args, **kwargs)
         for t, degree in zip(targets, degrees, strict=True):
@@ -247,9 +251,9 @@ class Propagation(TorchDispatchMode):
         return out
 
     def _call(
-        self, func: Any, args: tuple[Any, ...], kwargs: Any, shapes: list[torch.Size], out: Any
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, shapes: list[torch.Size]
     ) -> Call:
-        return Call(self._op, func, bind(func._schema, args, kwargs), args, kwargs, shapes, out)
+        return Call(self._op, func, bind(func._schema, args, kwargs), args, kwargs, shapes)
 
     def _apply(self, call: Call, count: int) -> list[Degree | None]:
         rule = self._rules.get(call.op)

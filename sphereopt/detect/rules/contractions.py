@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sphereopt.detect.degrees import Call, Degree, Offset, aligned
-from sphereopt.detect.forms import ZERO, joined, representative
+from sphereopt.detect.forms import ZERO, representative
 from sphereopt.detect.propagate import Propagation, Rule
 
 
@@ -68,8 +68,7 @@ def addmm(p: Propagation, call: Call) -> Degree:
     if bias.ndim == 1 and bias.shape[0] == shape[-1]:
         return with_bias(p, degree, bias, shape, len(shape) - 1)
     ids, other = p.settled(degree), p.ids(bias, len(shape))
-    p.equal(ids, other)
-    return Degree(joined(ids, other))
+    return Degree(p.agreed(ids, other))
 
 
 def addmv(p: Propagation, call: Call) -> Degree:
@@ -79,8 +78,7 @@ def addmv(p: Propagation, call: Call) -> Degree:
     if call.op == "mv" or call["beta"] == 0:
         return Degree(out)
     other = p.ids(call["self"], 1)
-    p.equal(out, other)
-    return Degree(joined(out, other))
+    return Degree(p.agreed(out, other))
 
 
 def dot(p: Propagation, call: Call) -> Degree:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sphereopt.detect.degrees import Call, Degree, Offset, aligned
-from sphereopt.detect.forms import joined
 from sphereopt.detect.ideal import TINY_EPS
 from sphereopt.detect.propagate import Propagation, Rule
 
@@ -84,8 +83,7 @@ def add(p: Propagation, call: Call) -> Degree | None:
     dx, dy = (p.degree(t) or Degree(p.ids(t)) for t in (x, y))
     dx, dy = (d.each(lambda t: aligned(t, ndim)) for d in (dx, dy))
     if call.op in ("sub", "rsub") and call["alpha"] == 1 and _cancels(dx, dy):
-        p.equal(dx.ids, dy.ids)
-        return Degree(joined(dx.ids, dy.ids))
+        return Degree(p.agreed(dx.ids, dy.ids))
     if call.op != "add" or call["alpha"] != 1:
         dx, dy = p.relabelled(dx), p.relabelled(dy)  # their offsets enter as multiples
     if not _agree(dx.ids, dy.ids):
@@ -95,8 +93,7 @@ def add(p: Propagation, call: Call) -> Degree | None:
                 # Constant along a dim at least: an offset.
                 offset = Offset(other.ids.expand(own), p.fresh_labels(own))
                 return Degree(degree.ids, (*degree.offsets, offset))
-    p.equal(dx.ids, dy.ids)
-    return Degree(joined(dx.ids, dy.ids), dx.offsets + dy.offsets)
+    return Degree(p.agreed(dx.ids, dy.ids), dx.offsets + dy.offsets)
 
 
 def _negligible(value: Any) -> bool:
@@ -124,8 +121,7 @@ def extremum(p: Propagation, call: Call) -> Degree:
     """Elementwise maximum or minimum: of equals."""
     ndim = len(call.shapes[0])
     a, b = p.ids(call["self"], ndim), p.ids(call["other"], ndim)
-    p.equal(a, b)
-    return Degree(joined(a, b))
+    return Degree(p.agreed(a, b))
 
 
 def multiply(p: Propagation, call: Call, sign: float) -> Degree | None:
@@ -160,8 +156,7 @@ def fused_multiply_add(p: Propagation, call: Call, sign: float) -> Degree:
     ndim = len(call.shapes[0])
     a, b, c = (p.ids(call[key], ndim) for key in ("self", "tensor1", "tensor2"))
     product = p.forms.add(b, c, sign)
-    p.equal(a, product)
-    return Degree(joined(a, product))
+    return Degree(p.agreed(a, product))
 
 
 def lerp(p: Propagation, call: Call) -> Degree:
@@ -170,8 +165,7 @@ def lerp(p: Propagation, call: Call) -> Degree:
     a, b = p.ids(call["self"], ndim), p.ids(call["end"], ndim)
     if isinstance(call["weight"], Tensor):
         p.zero(p.ids(call["weight"]))
-    p.equal(a, b)
-    return Degree(joined(a, b))
+    return Degree(p.agreed(a, b))
 
 
 def clamp(p: Propagation, call: Call) -> Degree | None:
@@ -203,8 +197,7 @@ def where(p: Propagation, call: Call) -> Degree | None:
         return None
     ndim = len(call.shapes[0])
     a, b = p.ids(call["self"], ndim), p.ids(call["other"], ndim)
-    p.equal(a, b)
-    return Degree(joined(a, b))
+    return Degree(p.agreed(a, b))
 
 
 def masked_fill(p: Propagation, call: Call) -> Degree | None:
@@ -213,8 +206,7 @@ def masked_fill(p: Propagation, call: Call) -> Degree | None:
     ids = p.ids(call["self"], len(call.shapes[0]))
     if isinstance(value, Tensor):
         other = p.ids(value, ids.ndim)
-        p.equal(ids, other)
-        return Degree(joined(ids, other))
+        return Degree(p.agreed(ids, other))
     if value != 0 and not math.isinf(value):
         p.zero(ids)
         return None
@@ -240,17 +232,11 @@ def gated(p: Propagation, call: Call) -> Degree:
     return Degree(ids.narrow(dim, 0, half))
 
 
-def dropout(p: Propagation, call: Call) -> Degree:
-    """A random mask times a constant."""
-    return Degree(p.ids(call.args[0]))
-
-
 def pairs(p: Propagation, call: Call) -> Degree:
     """Two numbers to a complex one, or back: ``view_as_complex``, ``view_as_real``, ``complex``."""
     if call.op == "complex":
         a, b = (p.ids(call[k], len(call.shapes[0])) for k in ("real", "imag"))
-        p.equal(a, b)
-        return Degree(joined(a, b))
+        return Degree(p.agreed(a, b))
     ids = p.ids(call["self"])
     if call.op == "view_as_real":
         return Degree(ids.unsqueeze(-1))
@@ -258,7 +244,7 @@ def pairs(p: Propagation, call: Call) -> Degree:
 
 
 _SAME = "relu abs leaky_relu rrelu_with_noise real imag"
-_LINEAR = "neg negative"
+_LINEAR = "neg negative _neg_view conj _conj"
 #: Not homogeneous. They are named so that a reader sees that they were thought of; an operation
 #: that is in no table is treated alike.
 _ZERO = (
@@ -309,6 +295,6 @@ RULES: dict[str, Rule] = {
     "glu": gated,
     "masked_fill": masked_fill,
     **dict.fromkeys(["prelu", "_prelu_kernel"], prelu),
-    **dict.fromkeys(["native_dropout", "_fused_dropout"], dropout),
+    **dict.fromkeys(["native_dropout", "_fused_dropout"], same),
     **dict.fromkeys(["view_as_real", "view_as_complex", "complex"], pairs),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sphereopt.detect.degrees import Call, Degree, Offset, aligned
-from sphereopt.detect.forms import ANY, ZERO, joined
+from sphereopt.detect.forms import ANY, ZERO
 from sphereopt.detect.propagate import Propagation, Rule
 
 
@@ -194,8 +194,7 @@ def write(p: Propagation, call: Call) -> Degree:
     before = p.along(p.ids(target), [dim]) if target.ndim else p.ids(target)
     new = _ids_of(p, source, target.ndim)
     new = p.along(new, [dim]) if target.ndim else new
-    p.equal(before, new)
-    return Degree(joined(before, new))
+    return Degree(p.agreed(before, new))
 
 
 def _ids_of(p: Propagation, value: Any, ndim: int) -> Tensor:
@@ -211,8 +210,7 @@ def write_anywhere(p: Propagation, call: Call) -> Degree:
     before = p.along(p.ids(target), list(range(target.ndim)))
     new = p.along(p.ids(source), list(range(source.ndim)))
     new = new.reshape([1] * target.ndim)
-    p.equal(before, new)
-    return Degree(joined(before, new))
+    return Degree(p.agreed(before, new))
 
 
 def slice_scatter(p: Propagation, call: Call) -> Degree:
@@ -234,10 +232,10 @@ _MOVES = (
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVES.split(), move),
     **dict.fromkeys(
-        ["clone", "detach", "alias", "contiguous", "lift", "lift_fresh", "positive", "conj"], keep
+        ["clone", "detach", "alias", "contiguous", "lift", "lift_fresh", "positive"], keep
     ),
     **dict.fromkeys(["_to_copy", "to"], cast),
-    **dict.fromkeys(["_conj", "_neg_view", "resolve_conj", "resolve_neg"], keep),
+    **dict.fromkeys(["resolve_conj", "resolve_neg"], keep),
     "as_strided": as_strided,
     "copy": copy,
     "fill": fill,

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from sphereopt.detect.degrees import Call, Degree
-from sphereopt.detect.forms import joined
 from sphereopt.detect.propagate import Propagation, Rule
+
+from . import elementwise
 
 
 def dims_of(x: Tensor, dim: Any) -> list[int]:
@@ -42,12 +43,8 @@ def reduce(p: Propagation, call: Call) -> Degree | None:
 
 def extremum(p: Propagation, call: Call) -> Any:
     """``max`` and ``min``: over everything, along a dim with indices, or of two tensors."""
-    other = call.get("other")
-    if isinstance(other, Tensor):
-        ndim = len(call.shapes[0])
-        a, b = p.ids(call["self"], ndim), p.ids(other, ndim)
-        p.equal(a, b)
-        return Degree(joined(a, b))
+    if "other" in call.bound:
+        return elementwise.extremum(p, call)
     return [reduce(p, call), None]
 
 
@@ -91,11 +88,6 @@ def variance(p: Propagation, call: Call) -> Any:
     if len(call.shapes) == 1:
         return Degree(out(spread))
     return [Degree(out(spread)), Degree(out(p.along(p.ids(x), dims)))]
-
-
-def zero(p: Propagation, call: Call) -> None:
-    """Softmax, losses, products of many: inputs must have degree zero."""
-    p.freeze(call)
 
 
 def pool(p: Propagation, call: Call) -> Any:
@@ -160,7 +152,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["argmax", "argmin", "argsort"], indices),
     **dict.fromkeys(["cumsum", "cummax", "cummin"], scan),
     **dict.fromkeys(["var", "std", "var_mean", "std_mean"], variance),
-    **dict.fromkeys(_ZERO.split(), zero),
+    **dict.fromkeys(_ZERO.split(), elementwise.zero),
     **dict.fromkeys([*_POOLS_KEEPING_OFFSET, *_INTERPOLATIONS.split()], pool),
     **dict.fromkeys(["grid_sampler_2d", "grid_sampler_3d"], grid_sample),
     **dict.fromkeys(["_fft_r2c", "_fft_c2r", "_fft_c2c"], fourier),
