@@ -45,8 +45,8 @@ class Precision:
     unit: float
 
 
-# Rounding leaves Euler ratios of 1e-17 to 1e-11 on true spheres, while false ones reach 1e-4 and
-# more on the worst of three probes: 1e-8 is the middle of that gap. Exact invariance leaves output
+# Rounding leaves Euler ratios below 1e-12 on true spheres, while others have 1e-4 and more (a test
+# holds that gap on the small networks): 1e-8 is in the middle. Exact invariance leaves output
 # changes of 1e-15 to 1e-12; a wrong claim moves the outputs by its share of the function. (A single
 # row deep in a network may have a share of 1e-11: telling those is the Euler test's work.)
 # The certificate's eps is smaller still, because a chain of k layers rescaled by 1e-3 scales its

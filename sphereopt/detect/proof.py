@@ -22,8 +22,8 @@ from .rules import MOVING, RULES
 from .solve import Solution, solve
 from .twin import Twin, drawn_by_python, hash_seed
 
-#: How many more draws of a random path are followed: a branch of probability 1/3 is missed by all
-#: of them in one run of 25.
+#: How many more draws of a random path are followed: a branch of probability 1/3 is missed by
+#: these and the first in one run of 38.
 DRAWS = 8
 
 
