@@ -9,12 +9,14 @@ from sphereopt import theory as theory
 from sphereopt.detect import find_spheres
 from sphereopt.groups import param_groups
 from sphereopt.monitor import Tracker, track
-from sphereopt.optim import SphereAdam, SphereOptimizer, SphereSGD
+from sphereopt.optim import SphereAdam, SphereLion, SphereMuon, SphereOptimizer, SphereSGD
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SphereAdam",
+    "SphereLion",
+    "SphereMuon",
     "SphereOptimizer",
     "SphereSGD",
     "Tracker",

@@ -107,7 +107,7 @@ def _hyperball(gram: Gram, lr: Lr, radius: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(gram: Gram, lr: Lr, radius: Tensor) -> tuple[Tensor, Tensor]:
-    angle = torch.as_tensor(lr, dtype=gram.ww.dtype)
+    angle = lr * gram.ww.new_ones(())  # not as_tensor: it makes a constant of lr under compile
     b = -torch.sin(angle) * _divide(radius, _root(gram.tangent_square()))
     scale = _divide(radius, _root(gram.ww))
     return scale * torch.cos(angle) - b * gram.radial_rate(), b

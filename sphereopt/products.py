@@ -8,7 +8,7 @@ products are sums over them. Everything else is one view per block of spheres.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ __all__ = [
     "combine",
     "dot",
     "gram",
+    "mean_square",
     "project",
     "scalar_dtype",
     "scale",
@@ -78,6 +79,28 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor], members: Sequence[int] | Non
         sums = zip([0, *ends[:-1]], ends, strict=True)
         parts = [torch.stack([p.to(wide) for p in parts[i:j]]).sum(0) for i, j in sums]
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(wide)
+
+
+def mean_square(xs: Sequence[Tensor], members: Sequence[int] | None = None) -> Tensor:
+    r"""Return the mean of the squared entries of every sphere.
+
+    Args:
+        xs: Views ``(k, ...)``, one per member tensor.
+        members: As in :func:`dot`.
+
+    Returns:
+        Shape ``(k,)``, as :func:`dot`.
+
+    Example:
+        >>> mean_square([torch.tensor([[1.0, 3.0]])])
+        tensor([5.], dtype=torch.float64)
+    """
+    sizes = [len(xs)] if members is None else members
+    ends = [0, *accumulate(sizes)]
+    entries = [sum(x[0].numel() for x in xs[i:j]) for i, j in pairwise(ends)]
+    counts = [xs[i].shape[0] for i in ends[:-1]]
+    sums = torch.split(dot(xs, xs, members), counts)
+    return torch.cat([x / n for x, n in zip(sums, entries, strict=True)])
 
 
 def gram(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from reference import plain
 
 import sphereopt as so
 
@@ -19,6 +20,8 @@ class Row:
     torch_only: dict[str, Any] = field(default_factory=dict)
     ours_only: dict[str, Any] = field(default_factory=dict)
     lr: float = 0.05
+    free: bool = True  # whether radius="free" reproduces torch_cls
+    entrywise: bool = True  # whether entries of different rows do not see each other
 
     def __str__(self) -> str:
         return self.name
@@ -42,5 +45,23 @@ ROWS = [
     Row("adamw", so.SphereAdam, ADAMW, {}, lr=0.01),
     Row("adamw-amsgrad", so.SphereAdam, ADAMW, {"amsgrad": True, "betas": (0.8, 0.95)}, lr=0.01),
     Row("adamw-maximize", so.SphereAdam, ADAMW, {"maximize": True, "eps": 1e-6}, lr=0.003),
+    Row("adamw-sphere", so.SphereAdam, ADAMW, {}, {}, {"second_moment": "sphere"}, 0.01, False),
     Row("adam-l2", so.SphereAdam, ADAM, {}, {}, {"decoupled_weight_decay": False}, lr=0.01),
+    Row("lion", so.SphereLion, plain.Lion, {}, lr=0.003),
+    Row(
+        "lion-maximize",
+        so.SphereLion,
+        plain.Lion,
+        {"betas": (0.8, 0.9), "maximize": True},
+        lr=0.001,
+    ),
+    Row("muon", so.SphereMuon, plain.Muon, {}, lr=0.01, entrywise=False),
+    Row(
+        "muon-heavy",
+        so.SphereMuon,
+        plain.Muon,
+        {"nesterov": False, "momentum": 0.8, "adjust_lr_fn": "match_rms_adamw", "maximize": True},
+        lr=0.003,
+        entrywise=False,
+    ),
 ]

@@ -148,8 +148,10 @@ def test_any_layout_gives_the_contiguous_result(row: Row, name, start, sphere):
         left.step()
         right.step()
     assert odd.stride() == strides
-    # Different layouts sum in another order: float32 rounding over five steps.
-    torch.testing.assert_close(odd.detach().contiguous(), plain.detach(), rtol=1e-5, atol=1e-6)
+    # Different layouts sum in another order: float32 rounding over five steps; where that tips a
+    # bfloat16 rounding inside Muon, an entry of the direction differs by 2**-8.
+    atol = 1e-6 if row.entrywise else 5 * row.lr * 2**-8
+    torch.testing.assert_close(odd.detach().contiguous(), plain.detach(), rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 1), (3, 1), (1, 4)])
@@ -172,7 +174,7 @@ def test_empty_parameters_are_no_ops(row: Row, policy):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-@every_row
+@pytest.mark.parametrize("row", [row for row in ROWS if row.entrywise], ids=str)
 def test_complex_weights_are_real_ones_of_twice_the_entries(row: Row, dtype):
     w = nn.Parameter(torch.randn(4, 3, dtype=dtype))
     real = nn.Parameter(torch.view_as_real(w.detach()).clone())
@@ -311,7 +313,9 @@ def test_an_infinite_gradient_under_grad_scaler_skips_the_step(row: Row):
     # geoopt's RiemannianAdam(fused=True) takes over the inf check, ignores it, and writes NaN.
     w = nn.Parameter(torch.randn(3, 4))
     before = w.detach().clone()
-    optimizer = row.make([w], sphere="row", fused=None)
+    # Lion and Muon have no fused form.
+    fused = {"fused": True} if row.cls in (so.SphereSGD, so.SphereAdam) else {}
+    optimizer = row.make([w], sphere="row", **fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale((w * torch.inf).sum()).backward()
     scaler.step(optimizer)

@@ -67,16 +67,71 @@ def test_sgd_follows_the_oracle(options, move, transport_name, kind):
 @pytest.mark.parametrize("kind", ["generic", "invariant"])
 @pytest.mark.parametrize("transport_name", TRANSPORTS)
 @pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("second_moment", ["entry", "sphere"])
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_adam_follows_the_oracle(amsgrad, move, transport_name, kind):
+def test_adam_follows_the_oracle(amsgrad, second_moment, move, transport_name, kind):
     w = nn.Parameter(torch.randn(5, 7, dtype=torch.float64))
     options = {"betas": (0.8, 0.95), "eps": 1e-3, "amsgrad": amsgrad}
+    options["second_moment"] = second_moment
     rows = [
         trajectories.Adam(x.copy(), move=move, transport=transport_name, **options)
         for x in w.detach().numpy()
     ]
     optimizer = so.SphereAdam([w], sphere="row", move=move, transport=transport_name, **options)
     compare(optimizer, w, rows, gradients(kind, w.shape), lambda t: 0.05 / (1 + 0.1 * t))
+
+
+@pytest.mark.parametrize("kind", ["generic", "invariant"])
+@pytest.mark.parametrize("transport_name", TRANSPORTS)
+@pytest.mark.parametrize("move", MOVES)
+def test_lion_follows_the_oracle(move, transport_name, kind):
+    w = nn.Parameter(torch.randn(5, 7, dtype=torch.float64))
+    options = {"betas": (0.8, 0.95), "move": move, "transport": transport_name}
+    rows = [trajectories.Lion(x.copy(), **options) for x in w.detach().numpy()]
+    optimizer = so.SphereLion([w], sphere="row", **options)
+    compare(optimizer, w, rows, gradients(kind, w.shape), lambda t: 0.05 / (1 + 0.1 * t))
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_geoopt_adam_gives_the_same_rows_up_to_the_unit_of_lr(amsgrad):
+    # geoopt's second moment is the sum over a row, ours the mean: lr and eps differ by its root.
+    n = 5
+    start = torch.nn.functional.normalize(torch.randn(6, n, dtype=torch.float64), dim=1)
+    rule = gradients("generic", start.shape)
+    theirs = geoopt.ManifoldParameter(start.clone(), manifold=geoopt.Sphere())
+    ours = nn.Parameter(start.clone())
+    peer = geoopt.optim.RiemannianAdam([theirs], lr=0.05, amsgrad=amsgrad, eps=1e-3)
+    options = {"lr": 0.05 / n**0.5, "eps": 1e-3 / n**0.5, "move": "retract", "amsgrad": amsgrad}
+    mine = so.SphereAdam([ours], sphere="row", second_moment="sphere", **options)
+    for step in range(50):
+        theirs.grad = rule(theirs.detach().as_subclass(torch.Tensor), step)
+        ours.grad = rule(ours.detach(), step)
+        peer.step()
+        mine.step()
+    torch.testing.assert_close(
+        ours.detach(), theirs.detach().as_subclass(torch.Tensor), rtol=0, atol=1e-12
+    )
+
+
+def test_one_second_moment_per_sphere_keeps_the_direction_tangent():
+    # Per entry, the division brings a radial part back: renorm and retract then differ.
+    start, grads = torch.randn(4, 9, dtype=torch.float64), torch.randn(20, 4, 9).double()
+
+    def end(move, second_moment):
+        w = nn.Parameter(start.clone())
+        optimizer = so.SphereAdam(
+            [w], lr=0.05, sphere="row", move=move, second_moment=second_moment
+        )
+        for g in grads:
+            w.grad = g.clone()
+            optimizer.step()
+        return w.detach()
+
+    def gap(second_moment):
+        return (end("retract", second_moment) - end("renorm", second_moment)).abs().max()
+
+    assert gap("sphere") < 1e-12
+    assert gap("entry") > 1e-3
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -124,7 +179,7 @@ def test_momentum_is_made_tangent_where_it_is_used():
 
 
 @pytest.mark.parametrize("sphere", ["row", "col", "tensor", "block:2"])
-@pytest.mark.parametrize("name", ["SphereSGD", "SphereAdam"])
+@pytest.mark.parametrize("name", ["SphereSGD", "SphereAdam", "SphereLion"])
 def test_every_granularity_is_rows_of_the_right_matrix(sphere, name):
     cls = getattr(so, name)
     w = torch.randn(4, 3, 2, 5, dtype=torch.float64)
@@ -144,7 +199,7 @@ def test_every_granularity_is_rows_of_the_right_matrix(sphere, name):
     torch.testing.assert_close(matrix(a.detach()), b.detach(), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["SphereSGD", "SphereAdam"])
+@pytest.mark.parametrize("name", ["SphereSGD", "SphereAdam", "SphereLion"])
 @pytest.mark.parametrize("sphere", ["row", "tensor"])
 def test_joint_sphere_is_the_sphere_of_the_concatenation(sphere, name):
     cls = getattr(so, name)

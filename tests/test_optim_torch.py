@@ -77,7 +77,7 @@ SPHERES = {
     "batch": {"0.weight": "row", "3.weight": "row"},
     "layer": {"1.weight": "tensor", ("4.weight", "4.bias"): "tensor"},
 }
-FREE = [row for row in ROWS if row.name != "sgd-dampening"] + [ROWS[2]]
+FREE = [row for row in ROWS if row.free]
 
 
 @pytest.mark.parametrize("kind", ["batch", "layer"])
@@ -93,10 +93,13 @@ def test_free_follows_torch_for_300_steps(row: Row, kind: str):
     }
     ours = row.make(groups, radius="free", weight_decay=5e-3)
     train(model, ours, data, 300)
-    theirs = row.make_torch(twin.parameters(), weight_decay=5e-3)
+    plain = dict(twin.named_parameters())
+    # A joint sphere with a vector among its members is AdamW's as a whole.
+    joint = [plain[n] for g in ours.param_groups if g["joint"] for n in g["param_names"]]
+    adamw = {"adamw": joint} if row.cls is so.SphereMuon else {}
+    theirs = row.make_torch(twin.parameters(), weight_decay=5e-3, **adamw)
     train(twin, theirs, data, 300)
 
-    plain = dict(twin.named_parameters())
     for group in ours.param_groups:
         if group["sphere"] is None:
             continue

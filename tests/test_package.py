@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 def test_the_public_names_are_these():
     assert sorted(so.__all__) == [
         "SphereAdam",
+        "SphereLion",
+        "SphereMuon",
         "SphereOptimizer",
         "SphereSGD",
         "Tracker",

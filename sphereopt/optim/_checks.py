@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -12,14 +12,25 @@ from torch import Tensor
 from sphereopt import spheres
 from sphereopt.geometry import TRANSPORTS
 from sphereopt.moves import MOVES, RADIANS
+from sphereopt.optim._rounding import ROUNDINGS
 from sphereopt.radius import POLICIES
 
 __all__ = ["KINDS", "check_checkpoint", "check_group", "parameter_name", "resolve", "units"]
 
 KINDS = ("proved", "constrained")
-_CHOICES = {"move": tuple(MOVES), "radius": POLICIES, "transport": TRANSPORTS, "kind": KINDS}
-_AT_LEAST_ZERO = ("lr", "momentum", "weight_decay", "eps")
-_NOT_SERVED = ("capturable", "differentiable")
+_CHOICES = {
+    "move": tuple(MOVES),
+    "radius": POLICIES,
+    "transport": TRANSPORTS,
+    "kind": KINDS,
+}
+_ANYWHERE = {
+    "rounding": ROUNDINGS,
+    "second_moment": ("entry", "sphere"),
+    "adjust_lr_fn": (None, "original", "match_rms_adamw"),
+}
+_AT_LEAST_ZERO = ("lr", "momentum", "weight_decay", "eps", "adam_eps")
+_NOT_SERVED = ("capturable",)
 
 Group = dict[str, Any]
 
@@ -64,13 +75,14 @@ def check_group(group: Group, index: int) -> None:
         TypeError: If a parameter has a dtype without directions.
     """
     _check_numbers(group)
-    if group["sphere"] is None:
-        if group["joint"]:
-            raise ValueError("joint=True needs a sphere; set sphere='tensor' or 'row'")
-        return
-    for key, allowed in _CHOICES.items():
-        if group[key] not in allowed:
+    ordinary = group["sphere"] is None
+    if ordinary and group["joint"]:
+        raise ValueError("joint=True needs a sphere; set sphere='tensor' or 'row'")
+    for key, allowed in {**(_CHOICES if not ordinary else {}), **_ANYWHERE}.items():
+        if key in group and group[key] not in allowed:
             raise ValueError(f"{key}={group[key]!r} is none of {', '.join(map(repr, allowed))}")
+    if ordinary:
+        return
     for key in _NOT_SERVED:
         if group.get(key):
             raise ValueError(f"{key}=True is not supported on spheres; leave it out")
@@ -89,7 +101,11 @@ def _check_numbers(group: Group) -> None:
     for i, beta in enumerate(group.get("betas", ())):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{i}]={beta!r} is out of range; it must be in [0, 1)")
-    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+    if (
+        "dampening" in group
+        and group["nesterov"]
+        and not (group["momentum"] > 0 and group["dampening"] == 0)
+    ):
         raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
 
 
@@ -146,12 +162,15 @@ def _named(groups: list[Group]) -> Iterator[tuple[int, int, str | None]]:
             yield i, j, names[j] if names else None
 
 
-def check_checkpoint(state_dict: dict[str, Any], groups: list[Group]) -> None:
+def check_checkpoint(
+    state_dict: dict[str, Any], groups: list[Group], numbers: Sequence[str]
+) -> None:
     """Raise if a checkpoint was not made for these groups.
 
     Args:
         state_dict: What ``state_dict()`` of an optimizer returned.
         groups: The groups of the optimizer that is to load it.
+        numbers: State keys of what there is one number of per sphere, beside the radius.
 
     Raises:
         ValueError: If they differ; the message names the first parameter that does.
@@ -173,7 +192,8 @@ def check_checkpoint(state_dict: dict[str, Any], groups: list[Group]) -> None:
                 )
         for i, (p, number) in enumerate(zip(group["params"], saved["params"], strict=True)):
             name = parameter_name(group, index, i)
-            _check_state(state_dict["state"].get(number, {}), p, group, name)
+            per_sphere = ("radius", "virtual_radius", *numbers)
+            _check_state(state_dict["state"].get(number, {}), p, group, name, per_sphere)
 
 
 def _differ(ours: str | None, theirs: str | None) -> bool:
@@ -186,12 +206,14 @@ def _place(found: tuple[int, int, str | None] | None) -> str:
     return (f"{found[2]!r} " if found[2] else "a parameter ") + f"at group {found[0]}[{found[1]}]"
 
 
-def _check_state(state: Group, p: Tensor, group: Group, name: str) -> None:
+def _check_state(
+    state: Group, p: Tensor, group: Group, name: str, per_sphere: tuple[str, ...]
+) -> None:
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             continue
         want = tuple(p.shape)
-        if group["sphere"] is not None and key in ("radius", "virtual_radius"):
+        if group["sphere"] is not None and key in per_sphere:
             want = (spheres.count(group["sphere"], p.shape),)
         if tuple(value.shape) != want:
             raise ValueError(

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim._muon import muon
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-__all__ = ["adam_step", "sgd_step"]
+__all__ = ["adam_step", "lion_step", "muon_step", "sgd_step"]
 
 State = dict[str, Any]
 
@@ -29,7 +30,7 @@ def sgd_step(params: list[Tensor], states: list[State], group: dict[str, Any]) -
         grads,
         buffers,
         has_sparse_grad=any(g.is_sparse for g in grads),
-        foreach=group["foreach"],
+        foreach=False if group["differentiable"] else group["foreach"],
         fused=group["fused"],
         lr=group["lr"],
         momentum=group["momentum"],
@@ -74,6 +75,7 @@ def adam_step(params: list[Tensor], states: list[State], group: dict[str, Any]) 
         [state["step"] for state in states],
         foreach=group["foreach"],
         fused=group["fused"],
+        differentiable=group["differentiable"],
         has_complex=any(p.is_complex() for p in params),
         decoupled_weight_decay=group["decoupled_weight_decay"],
         amsgrad=group["amsgrad"],
@@ -84,3 +86,66 @@ def adam_step(params: list[Tensor], states: list[State], group: dict[str, Any]) 
         eps=group["eps"],
         maximize=group["maximize"],
     )
+
+
+def lion_step(params: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """Step parameters that have a gradient as the authors' Lion does; torch has none.
+
+    Args:
+        params: Parameters whose ``.grad`` is set.
+        states: Their optimizer state, filled in here.
+        group: Options.
+
+    Raises:
+        RuntimeError: If a gradient is sparse.
+    """
+    beta1, beta2 = group["betas"]
+    for p, state in zip(params, states, strict=True):
+        if p.grad is None or p.grad.is_sparse:
+            raise RuntimeError("Lion does not support sparse gradients; use sparse=False")
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        both = (p, p.grad, state["exp_avg"])
+        w, g, m = map(torch.view_as_real, both) if p.is_complex() else both
+        g = -g if group["maximize"] else g
+        w.mul_(1 - group["lr"] * group["weight_decay"])
+        w.sub_((m * beta1 + g * (1 - beta1)).sign_() * group["lr"])
+        m.mul_(beta2).add_(g, alpha=1 - beta2)
+
+
+def muon_step(params: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """Step matrices that have a gradient exactly as ``torch.optim.Muon`` does, filters flattened.
+
+    Args:
+        params: Weights of two or more dimensions whose ``.grad`` is set.
+        states: Their optimizer state, filled in here.
+        group: Options under torch's names.
+
+    Raises:
+        RuntimeError: If a gradient is sparse, as torch does.
+    """
+    for p, state in zip(params, states, strict=True):
+        if p.grad is not None and p.grad.is_sparse:
+            raise RuntimeError("Muon does not support sparse gradients; use sparse=False")
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    grads = [p.grad.flatten(1) for p in params if p.grad is not None]
+    buffers = [state["momentum_buffer"] for state in states]
+    flat, flat_buffers = [p.flatten(1) for p in params], [m.flatten(1) for m in buffers]
+    muon(
+        flat,
+        [-g for g in grads] if group["maximize"] else grads,
+        flat_buffers,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        nesterov=group["nesterov"],
+        ns_coefficients=group["ns_coefficients"],
+        ns_steps=group["ns_steps"],
+        eps=group["eps"],
+        adjust_lr_fn=group["adjust_lr_fn"],
+        has_complex=False,
+    )
+    for home, x in zip([*params, *buffers], [*flat, *flat_buffers], strict=True):
+        if home.ndim > 2 and not home.is_contiguous():  # flattening channels_last makes a copy
+            home.copy_(x.reshape(home.shape))

@@ -8,18 +8,19 @@ one float64 number per sphere, piece after piece: growth of 1e-9 per step would 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from sphereopt import products, spheres
 from sphereopt.moves import _root
 from sphereopt.optim._batching import Block
 from sphereopt.optim._checks import parameter_name, units
 
-__all__ = ["SphereError", "blocks"]
+__all__ = ["Keys", "SphereError", "blocks"]
 
 State = dict[str, Any]
 Group = dict[str, Any]
@@ -29,6 +30,20 @@ class SphereError(RuntimeError):
     """A step that cannot be made: the message names the parameter and the remedy."""
 
 
+class Keys(NamedTuple):
+    """The state that an optimizer keeps of a parameter.
+
+    Attributes:
+        buffers: Names of the buffers shaped like the parameter.
+        numbers: Names of what there is one number of per sphere, beside the radius.
+        whole: The direction needs all of the parameter at once.
+    """
+
+    buffers: tuple[str, ...]
+    numbers: tuple[str, ...] = ()
+    whole: bool = False
+
+
 class _Unit(NamedTuple):
     """What has spheres of its own: a parameter, or the members of a joint group."""
 
@@ -36,18 +51,24 @@ class _Unit(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     states: list[State]
+    keys: Keys
 
 
+@_disable_dynamo
 def blocks(
-    states: Mapping[Tensor, State], group: Group, index: int, keys: tuple[str, ...]
+    states: Mapping[Tensor, State],
+    group: Group,
+    index: int,
+    keys_of: Callable[[Group, list[Tensor]], Keys],
 ) -> list[Block]:
     """Return what there is to step in a group, creating its state and counting the step.
 
     Args:
         states: The optimizer's state, by parameter.
-        group: A parameter group with a sphere.
+        group: A parameter group.
         index: Its number, for messages of groups without names.
-        keys: Names of the buffers that the direction uses.
+        keys_of: Tells the state that the direction needs for a parameter, or the members of a
+            joint sphere.
 
     Returns:
         For every parameter that has a gradient, or jointly for the group: a block of each piece of
@@ -66,64 +87,139 @@ def blocks(
         for p, grad in zip(params, grads, strict=True):
             if grad.layout is not torch.strided:
                 raise SphereError(
-                    f"parameter {name!r} of shape {tuple(p.shape)} has a sparse gradient, and a "
-                    "sphere moves as a whole; use sparse=False or leave it out of the spheres"
+                    f"parameter {name!r} of shape {tuple(p.shape)} has a sparse gradient, and is "
+                    "stepped as a whole; use sparse=False, or leave it out of the spheres (with "
+                    "rounding='nearest')"
                 )
-        work.append(_Unit(name, params, grads, [states[p] for p in params]))
-    sphere, free = group["sphere"], group["radius"] == "free"
-    needed = ("step", "radius", *(["virtual_radius"] if free else []), *keys)
+        keys = keys_of(group, params)
+        work.append(_Unit(name, params, grads, [states[p] for p in params], keys))
     for unit in work:
-        for state in unit.states:
-            if not all(key in state for key in needed):
-                _create(unit, sphere, keys, free)
+        needed = _needed(unit, group)
+        if not all(key in state for state in unit.states for key in needed):
+            _create(unit, group)
     clocks = [state["step"] for unit in work for state in unit.states]
     if clocks:
         torch._foreach_add_(clocks, 1)
     found: list[Block] = []
     for unit in work:
-        found += _pieces(unit, sphere, keys, free)
-        found += _ordinary(unit, sphere, keys)
+        views = _Views(unit, group)
+        found += views.spheres()
+        found += views.ordinary()
     return found
 
 
-def _pieces(unit: _Unit, sphere: str, keys: tuple[str, ...], free: bool) -> Iterator[Block]:
-    """Yield the views of the member tensors, piece by piece."""
-    first, start = unit.states[0], 0
-    for state in unit.states[1:]:
-        # Members of a joint sphere share its numbers, also after a checkpoint parted them.
-        state.update({k: first[k] for k in ("radius", "virtual_radius") if k in first})
-    pieces, step = spheres.pieces(sphere), int(first["step"].item())
-    for piece in pieces:
-        members = [
-            spheres.views([p.detach(), grad, *[state[key] for key in keys]], piece)
-            for p, grad, state in zip(unit.params, unit.grads, unit.states, strict=True)
-        ]
-        weights, gradients, *buffers = (list(x) for x in zip(*members, strict=True))
-        radius, virtual = first["radius"], first["virtual_radius"] if free else None
-        if len(pieces) > 1:
-            stop = start + weights[0].shape[0]
-            radius = radius[start:stop]
-            virtual = None if virtual is None else virtual[start:stop]
+def _own_numbers(group: Group, keys: Keys) -> tuple[str, ...]:
+    """Return the names of what there is one number of per sphere."""
+    if group["sphere"] is None:
+        return ()
+    virtual = ("virtual_radius",) if group["radius"] == "free" else ()
+    return ("radius", *virtual, *keys.numbers)
+
+
+def _needed(unit: _Unit, group: Group) -> tuple[str, ...]:
+    master = ("master",) if _has_master(unit, group) else ()
+    return ("step", *_own_numbers(group, unit.keys), *unit.keys.buffers, *master)
+
+
+def _has_master(unit: _Unit, group: Group) -> bool:
+    return group["rounding"] == "master" and any(p.dtype in products.NARROW for p in unit.params)
+
+
+class _Views:
+    """The blocks of one unit: views of its parameters, gradients, buffers and numbers."""
+
+    def __init__(self, unit: _Unit, group: Group) -> None:
+        self._unit, self._sphere = unit, group["sphere"]
+        self._numbers = _own_numbers(group, unit.keys)
+        self._has_master = _has_master(unit, group)
+        self._tensors = []
+        for p, grad, state in zip(unit.params, unit.grads, unit.states, strict=True):
+            home = p if group["differentiable"] else p.detach()
+            own = [home, grad, *[state[key] for key in unit.keys.buffers]]
+            if self._has_master:
+                master = state["master"]
+                # Whoever wrote to the parameter since (a checkpoint, an initializer) is right.
+                master.copy_(torch.where(master.to(p.dtype) == home, master, home))
+                own = [master, *own[1:], home]
+            self._tensors.append(own)
+        first = unit.states[0]
+        for state in unit.states[1:]:
+            # Members of a joint sphere share its numbers, also after a checkpoint parted them.
+            state.update({key: first[key] for key in self._numbers})
+
+    def _block(
+        self, kind: str | None, views: list[list[Tensor]], numbers: dict[str, Tensor], step: Tensor
+    ) -> Block:
+        weights, grads, *buffers = (list(x) for x in zip(*views, strict=True))
+        rounded = buffers.pop() if self._has_master else []
+        return Block(
+            self._unit.name,
+            kind,
+            weights,
+            grads,
+            dict(zip(self._unit.keys.buffers, buffers, strict=True)),
+            numbers,
+            rounded,
+            int(step.item()),
+            self._unit.keys.whole,
+        )
+
+    def _view(self, tensors: list[Tensor], piece: str) -> list[Tensor]:
+        if self._unit.keys.whole:
+            return [spheres.view(x, piece) for x in tensors]
+        return spheres.views(tensors, piece)
+
+    def spheres(self) -> Iterator[Block]:
+        """Yield a block per piece of the spec."""
+        first, start = self._unit.states[0], 0
+        for piece in spheres.pieces(self._sphere) if self._sphere else ():
+            views = [self._view(tensors, piece) for tensors in self._tensors]
+            stop = start + views[0][0].shape[0]
+            numbers = {key: first[key][start:stop] for key in self._numbers}
+            yield self._block(spheres.parse(piece).kind, views, numbers, first["step"])
             start = stop
-        named = dict(zip(keys, buffers, strict=True))
-        yield Block(unit.name, weights, gradients, named, radius, virtual, step)
+
+    def ordinary(self) -> Iterator[Block]:
+        """Yield the runs of rows that no piece covers, of parameters that have a gradient."""
+        for p, tensors, state in zip(
+            self._unit.params, self._tensors, self._unit.states, strict=True
+        ):
+            if p.grad is None:
+                continue
+            if self._sphere is None:
+                yield self._block(None, [self._rows(tensors)], {}, state["step"])
+            elif spheres.rest(p, self._sphere):
+                for rows in zip(*[spheres.rest(x, self._sphere) for x in tensors], strict=True):
+                    yield self._block(None, [self._rows(list(rows))], {}, state["step"])
+
+    def _rows(self, tensors: list[Tensor]) -> list[Tensor]:
+        return self._view(tensors, "row" if tensors[0].ndim > 1 else "tensor")
 
 
-def _ordinary(unit: _Unit, sphere: str, keys: tuple[str, ...]) -> Iterator[Block]:
-    """Yield the views of the rows that no piece covers, of parameters that have a gradient."""
-    for p, grad, state in zip(unit.params, unit.grads, unit.states, strict=True):
-        if p.grad is None or not spheres.rest(p, sphere):
-            continue
-        own = [p.detach(), grad, *[state[key] for key in keys]]
-        for rows in zip(*[spheres.rest(x, sphere) for x in own], strict=True):
-            weight, gradient, *buffers = spheres.views(rows, "row")
-            named = {key: [x] for key, x in zip(keys, buffers, strict=True)}
-            step = int(state["step"].item())
-            yield Block(unit.name, [weight], [gradient], named, None, None, step)
-
-
-def _create(unit: _Unit, sphere: str, keys: tuple[str, ...], free: bool) -> None:
+def _create(unit: _Unit, group: Group) -> None:
     """Measure the radius and allocate buffers; what a checkpoint brought along stays."""
+    numbers = _own_numbers(group, unit.keys)
+    radius = _measure(unit, group["sphere"]) if numbers else None
+    for p, state in zip(unit.params, unit.states, strict=True):
+        # A checkpoint of torch.optim.SGD has a buffer and no step count: its first step is past.
+        known = any(state.get(key) is not None for key in unit.keys.buffers)
+        state.setdefault("step", torch.tensor(1.0 if known else 0.0))
+        wide = products.accumulator(p.dtype)
+        for key in unit.keys.buffers:
+            if state.get(key) is None:
+                form = torch.preserve_format
+                state[key] = torch.zeros_like(p, dtype=wide, memory_format=form)
+        if _has_master(unit, group):
+            state.setdefault("master", p.detach().to(wide, memory_format=torch.preserve_format))
+        if radius is not None:
+            start = {"radius": radius, "virtual_radius": state.get("radius", radius)}
+            zeros = torch.zeros_like(radius)
+            for key in numbers:
+                state.setdefault(key, start.get(key, zeros).clone())
+
+
+def _measure(unit: _Unit, sphere: str) -> Tensor:
+    """Return the norms of the spheres; warn if any is zero and was not known to be."""
     pieces = zip(*[spheres.split(p.detach(), sphere) for p in unit.params], strict=True)
     radius = _root(torch.cat([products.dot(views, views) for views in pieces]))
     if any("radius" not in state for state in unit.states) and bool((radius == 0).any()):
@@ -131,17 +227,6 @@ def _create(unit: _Unit, sphere: str, keys: tuple[str, ...], free: bool) -> None
             f"parameter {unit.name!r} of shape {tuple(unit.params[0].shape)} has "
             f"{int((radius == 0).sum())} of {radius.numel()} spheres of norm zero: they have "
             "no direction and will not move; initialize them or use sphere=None for them",
-            stacklevel=5,
+            stacklevel=6,
         )
-    for p, state in zip(unit.params, unit.states, strict=True):
-        # A checkpoint of torch.optim.SGD has a buffer and no step count: its first step is past.
-        known = any(state.get(key) is not None for key in keys)
-        state.setdefault("step", torch.tensor(1.0 if known else 0.0))
-        for key in keys:
-            if state.get(key) is None:
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                form = torch.preserve_format
-                state[key] = torch.zeros_like(p, dtype=dtype, memory_format=form)
-        state.setdefault("radius", radius.clone())
-        if free:
-            state.setdefault("virtual_radius", state["radius"].clone())
+    return radius

@@ -23,17 +23,18 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sphereopt import products
-from sphereopt.geometry import transport_views
-from sphereopt.moves import NORMALIZED, Gram, _divide, _root
-from sphereopt.optim._batching import Slab, slabs
+from sphereopt.optim._batching import Slab, arrange
 from sphereopt.optim._checks import check_checkpoint, check_group, resolve
-from sphereopt.optim._state import SphereError, blocks
-from sphereopt.radius import Travel, travel
+from sphereopt.optim._rounding import Rounding
+from sphereopt.optim._state import Keys, SphereError, blocks
+from sphereopt.optim._step import step_ordinary, step_spheres
+from sphereopt.radius import Travel
 
-__all__ = ["Reading", "SphereError", "SphereOptimizer"]
+__all__ = ["Keys", "Reading", "Slab", "SphereError", "SphereOptimizer"]
 
 Group = dict[str, Any]
 
@@ -45,9 +46,11 @@ _DEFAULTS: Group = {
     "move": None,
     "radius": "fixed",
     "transport": None,
+    "rounding": "nearest",
     "maximize": False,
     "foreach": None,
     "fused": None,
+    "differentiable": False,
 }
 
 
@@ -98,32 +101,33 @@ class SphereOptimizer(Optimizer, ABC):
 
     #: Buffers that are tangent vectors and travel with the weights.
     tangent_buffers: ClassVar[tuple[str, ...]] = ()
+    #: State keys of what there is one number of per sphere, beside the radius.
+    sphere_numbers: ClassVar[tuple[str, ...]] = ()
     #: Move of groups that name none, under ``radius="fixed"``.
     default_move: ClassVar[str] = "retract"
     #: The direction scales like the gradient to this power: 1 for SGD, 0 for Adam.
     homogeneity: ClassVar[int] = 1
     #: The direction and the buffers are linear in the gradients.
     linear: ClassVar[bool] = False
+    #: The direction has a useful derivative, so ``differentiable=True`` makes sense.
+    smooth: ClassVar[bool] = True
     #: A list here makes the next steps append their readings to it; see ``monitor``.
     readings: list[Reading] | None = None
+    _told_of_rounding: bool = False
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         super().__init__(params, {**_DEFAULTS, **defaults})
 
     @abstractmethod
-    def direction(
-        self,
-        grads: list[Tensor],
-        buffers: dict[str, list[Tensor]],
-        steps: list[int],
-        group: Group,
-    ) -> list[Tensor]:
+    def direction(self, grads: list[Tensor], slab: Slab, group: Group) -> list[Tensor]:
         """Return the direction u, one tensor per gradient; touch nothing but the buffers.
 
         Args:
             grads: Tensors ``(k, ...)``. Not to be written to.
-            buffers: State key to tensors like ``grads``, to be updated in place.
-            steps: For each tensor, how many steps it has made, this one included.
+            slab: Its ``buffers`` (state key to tensors like ``grads``) and ``numbers`` (state key
+                to one number per sphere) are to be updated in place; ``steps`` tells how many
+                steps each tensor has made, this one included, and ``members`` how many tensors in
+                a row share spheres.
             group: Options.
 
         Returns:
@@ -132,8 +136,8 @@ class SphereOptimizer(Optimizer, ABC):
         """
 
     @abstractmethod
-    def state_keys(self, group: Group) -> tuple[str, ...]:
-        """Return the names of the buffers the direction uses, each shaped like the parameter."""
+    def state_keys(self, group: Group, params: list[Tensor]) -> Keys:
+        """Return the state that the direction needs for a parameter, or for joint members."""
 
     @abstractmethod
     def plain_step(self, params: list[Tensor], states: list[Group], group: Group) -> None:
@@ -156,6 +160,11 @@ class SphereOptimizer(Optimizer, ABC):
         try:
             resolve(param_group, type(self).default_move)
             check_group(param_group, len(self.param_groups) - 1)
+            if param_group["differentiable"] and not self.smooth:
+                raise ValueError(
+                    f"differentiable=True has no meaning for {type(self).__name__}, whose "
+                    "direction has no useful derivative; use SphereSGD or SphereAdam"
+                )
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -173,7 +182,7 @@ class SphereOptimizer(Optimizer, ABC):
         Notes:
             torch casts floating state to the dtype of the parameter. Sphere state keeps its own.
         """
-        check_checkpoint(state_dict, self.param_groups)
+        check_checkpoint(state_dict, self.param_groups, self.sphere_numbers)
         # A checkpoint of the torch optimizer has no sphere keys: those stay what they are here.
         state_dict = {
             **state_dict,
@@ -184,19 +193,24 @@ class SphereOptimizer(Optimizer, ABC):
         }
         super().load_state_dict(state_dict)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            if group["sphere"] is None:
+            if group["sphere"] is None and group["rounding"] == "nearest":
                 continue
             for index, p in zip(saved["params"], group["params"], strict=True):
                 for key, value in state_dict["state"].get(index, {}).items():
                     if isinstance(value, Tensor) and key != "step":
                         self.state[p][key] = value.to(p.device, copy=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in _DEFAULTS.items():
+                group.setdefault(key, value)
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Make one step.
 
@@ -214,91 +228,45 @@ class SphereOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         for index, group in enumerate(self.param_groups):
-            if group["sphere"] is None:
-                params = [p for p in group["params"] if p.grad is not None]
-                if params:
-                    self.plain_step(params, [self.state[p] for p in params], group)
-                continue
-            if group["radius"] == "fixed" and group["weight_decay"] != 0:
-                check_group(group, index)  # a scheduler may have set it; this raises
-            work = blocks(self.state, group, index, self.state_keys(group))
-            for slab in slabs(work, stack=group["foreach"] is not False):
-                self._step_slab(slab, group)
+            with torch.set_grad_enabled(group["differentiable"]):
+                self._step_group(group, index)
         return loss
 
-    def _gradients(self, slab: Slab, group: Group, ww: Tensor) -> list[Tensor]:
-        """Return gradients as the direction wants them: tangent, plain, or as they are."""
-        grads = [-g for g in slab.grads] if group["maximize"] else slab.grads
-        if slab.virtual_radius is not None:
-            # The gradient at norm rho is that at norm |w| times |w|/rho; L2 pulls at rho*v.
-            norm, (l2, _) = _root(ww), self.decay(group)
-            factor = _divide(norm, slab.virtual_radius)
-            if l2 == 0:
-                return products.scale(factor, grads, slab.members)
-            pull = l2 * _divide(slab.virtual_radius, norm)
-            return products.combine(factor, grads, pull, slab.weights, slab.members)
-        if group["transport"] != "none" and not self.linear:
-            return products.project(grads, slab.weights, ww, slab.members)
-        return grads
-
-    def _directions(self, slab: Slab, group: Group, ww: Tensor) -> tuple[list[Tensor], Gram]:
-        """Return the direction and its Gram with the weights; make buffers tangent here.
-
-        A buffer that was tangent where the weights came from is carried along by projecting it
-        here, where it is used; a linear direction is projected as a whole, with its gradient.
-        """
-        w, members, tangent = slab.weights, slab.members, group["transport"] != "none"
-        buffers = [slab.buffers[key] for key in self.tangent_buffers if key in slab.buffers]
-        if tangent and not self.linear:
-            for m in buffers:
-                products.tangent_form(w, m, ww, members, inplace=True)
-        u = self.direction(self._gradients(slab, group, ww), slab.buffers, slab.steps, group)
-        if tangent and self.linear:
-            forms = [products.tangent_form(w, m, ww, members, inplace=True) for m in buffers]
-            if forms and u is buffers[0]:
-                return forms[0]
-            return products.tangent_form(w, u, ww, members)
-        if group["move"] in NORMALIZED:
-            return products.tangent_form(w, u, ww, members)
-        return u, products.gram(w, u, ww, members)
-
-    def _step_ordinary(self, slab: Slab, group: Group) -> None:
-        """Step rows without a sphere as ``torch.optim`` does: the direction, times lr."""
-        w, grads, (l2, shrink) = slab.weights, slab.grads, self.decay(group)
-        if group["maximize"]:
-            grads = [-g for g in grads]
-        if l2 != 0:
-            grads = [torch.add(g, x, alpha=l2) for g, x in zip(grads, w, strict=True)]
-        u = self.direction(grads, slab.buffers, slab.steps, group)
-        for x, y in zip(w, u, strict=True):
-            x.mul_(shrink).sub_(y * group["lr"])
-        slab.write_back()
-
-    def _step_slab(self, slab: Slab, group: Group) -> None:
-        if slab.radius is None:
-            self._step_ordinary(slab, group)
+    # Under torch.compile the bookkeeping stays eager, and the arithmetic of a slab is compiled.
+    @_disable_dynamo(recursive=False)
+    def _step_group(self, group: Group, index: int) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        narrow = any(p.dtype in products.NARROW for p in params)
+        if group["sphere"] is None and (group["rounding"] == "nearest" or not narrow):
+            if params:
+                _step_plainly(self, params, group)
             return
-        w, members = slab.weights, slab.members
-        u, gram = self._directions(slab, group, products.dot(w, w, members))
-        trip = travel(
-            gram,
-            group["lr"],
-            move=group["move"],
-            radius=slab.radius,
-            virtual_radius=slab.virtual_radius,
-            shrink=self.decay(group)[1],
-        )
-        eager = group["transport"] in ("parallel", "rescale")
-        old = [x.clone() for x in w] if eager else []
-        torch._foreach_mul_(w, products.spread(trip.keep, w, members))
-        torch._foreach_addcmul_(w, u, products.spread(trip.b, w, members))
-        for key in set(self.tangent_buffers) & slab.buffers.keys() if eager else ():
-            moved = transport_views(slab.buffers[key], old, w, group["transport"], members)
-            torch._foreach_copy_(slab.buffers[key], moved)
-        if slab.virtual_radius is not None:
-            slab.virtual_radius.copy_(trip.norm)
-        slab.write_back()
-        if self.readings is not None:
-            blocks = [block for bunch in slab.bunches for block in bunch]
-            names, counts = [x.name for x in blocks], [len(x.weights[0]) for x in blocks]
-            self.readings.append(Reading(names, counts, trip, group["lr"], group, self.homogeneity))
+        if group["sphere"] and group["radius"] == "fixed" and group["weight_decay"] != 0:
+            check_group(group, index)  # a scheduler may have set it; this raises
+        work = blocks(self.state, group, index, self.state_keys)
+        step = max([0, *(block.step for block in work)])
+        # Reading what was lost waits for the device: at steps 1, 2, 4, 8, ... until it was told.
+        watch = narrow and not self._told_of_rounding and step & (step - 1) == 0
+        rounding = Rounding(group["rounding"], 1_000_003 * step + index, watch)
+        copy = group["differentiable"]
+        for bunches in arrange(work, stack=group["foreach"] is not False):
+            slab = Slab(bunches, copy=copy)
+            if slab.ordinary:
+                step_ordinary(self, slab, group)
+            else:
+                trip = step_spheres(self, slab, group)
+                self._read(slab, trip, group)
+            slab.write_back(rounding)
+        self._told_of_rounding |= rounding.warn()
+
+    def _read(self, slab: Slab, trip: Travel, group: Group) -> None:
+        if self.readings is None:
+            return
+        blocks = [block for bunch in slab.bunches for block in bunch]
+        names, counts = [x.name for x in blocks], [len(x.weights[0]) for x in blocks]
+        self.readings.append(Reading(names, counts, trip, group["lr"], group, self.homogeneity))
+
+
+@_disable_dynamo
+def _step_plainly(rule: SphereOptimizer, params: list[Tensor], group: Group) -> None:
+    rule.plain_step(params, [rule.state[p] for p in params], group)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from sphereopt.optim._plain import sgd_step
-from sphereopt.optim.base import Group, SphereOptimizer
+from sphereopt.optim.base import Group, Keys, Slab, SphereOptimizer
 
 __all__ = ["SphereSGD"]
 
@@ -46,9 +46,12 @@ class SphereSGD(SphereOptimizer):
             directions with stored weights that never grow.
         transport: ``"project"``, ``"parallel"``, ``"rescale"``, or ``"none"``: the buffer is an
             ambient vector as in torch, raw gradients enter it.
+        rounding: Of bf16 and fp16 weights: ``"nearest"`` as in torch, ``"stochastic"``, or
+            ``"master"`` (a float32 copy is stepped); see :doc:`low_precision`.
         maximize: Ascend.
         foreach: For ordinary groups as in torch; False also keeps small tensors unstacked.
         fused: For ordinary groups, as in torch.
+        differentiable: Let autograd run through the step, as in torch.
 
     Raises:
         ValueError: If a value is out of range, a sphere does not fit a parameter's shape, or
@@ -93,9 +96,11 @@ class SphereSGD(SphereOptimizer):
         move: str | None = None,
         radius: str = "fixed",
         transport: str | None = None,
+        rounding: str = "nearest",
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -108,37 +113,33 @@ class SphereSGD(SphereOptimizer):
             "move": move,
             "radius": radius,
             "transport": transport,
+            "rounding": rounding,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
+            "differentiable": differentiable,
         }
         super().__init__(params, defaults)
 
     @override
-    def state_keys(self, group: Group) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+    def state_keys(self, group: Group, params: list[Tensor]) -> Keys:
+        return Keys(("momentum_buffer",) if group["momentum"] != 0 else ())
 
     @override
     def decay(self, group: Group) -> tuple[float, float]:
         return group["weight_decay"], 1.0
 
     @override
-    def direction(
-        self,
-        grads: list[Tensor],
-        buffers: dict[str, list[Tensor]],
-        steps: list[int],
-        group: Group,
-    ) -> list[Tensor]:
+    def direction(self, grads: list[Tensor], slab: Slab, group: Group) -> list[Tensor]:
         momentum: float = group["momentum"]
         if momentum == 0:
             return grads
-        ms = buffers["momentum_buffer"]
+        ms = slab.buffers["momentum_buffer"]
         torch._foreach_mul_(ms, momentum)
         if group["dampening"] == 0:
             torch._foreach_add_(ms, grads)
         else:
-            for m, grad, step in zip(ms, grads, steps, strict=True):
+            for m, grad, step in zip(ms, grads, slab.steps, strict=True):
                 m.add_(grad, alpha=1.0 if step == 1 else 1 - group["dampening"])
         if group["nesterov"]:
             return list(torch._foreach_add(grads, ms, alpha=momentum))

@@ -76,8 +76,9 @@ class SGD:
 class Adam:
     """One row of SphereAdam under radius="fixed"."""
 
-    def __init__(self, w, *, betas, eps, amsgrad, move, transport):
+    def __init__(self, w, *, betas, eps, amsgrad, move, transport, second_moment="entry"):
         self.w, self.radius, self.t = w, np.linalg.norm(w), 0
+        self.second_moment = second_moment
         self.m, self.v, self.top = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
         (self.b1, self.b2), self.eps, self.amsgrad = betas, eps, amsgrad
         self.move, self.transport = move, transport
@@ -86,10 +87,27 @@ class Adam:
         self.t += 1
         h = g if self.transport == "none" else tangent(self.w, g)
         self.m = self.b1 * self.m + (1 - self.b1) * h
-        self.v = self.b2 * self.v + (1 - self.b2) * h * h
+        square = h * h if self.second_moment == "entry" else np.mean(h * h) * np.ones_like(h)
+        self.v = self.b2 * self.v + (1 - self.b2) * square
         self.top = np.maximum(self.top, self.v)
         second = (self.top if self.amsgrad else self.v) / (1 - self.b2**self.t)
         u = self.m / (1 - self.b1**self.t) / (np.sqrt(second) + self.eps)
+        y = move(self.move, self.w, u, lr, self.radius)
+        self.m = carry(self.transport, self.w, y, self.m)
+        self.w = y
+
+
+class Lion:
+    """One row of SphereLion under radius="fixed"."""
+
+    def __init__(self, w, *, betas, move, transport):
+        self.w, self.radius, self.m = w, np.linalg.norm(w), np.zeros_like(w)
+        (self.b1, self.b2), self.move, self.transport = betas, move, transport
+
+    def step(self, g, lr):
+        h = g if self.transport == "none" else tangent(self.w, g)
+        u = np.sign(self.b1 * self.m + (1 - self.b1) * h)
+        self.m = self.b2 * self.m + (1 - self.b2) * h
         y = move(self.move, self.w, u, lr, self.radius)
         self.m = carry(self.transport, self.w, y, self.m)
         self.w = y
