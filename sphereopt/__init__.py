@@ -10,6 +10,7 @@ from sphereopt.detect import find_spheres
 from sphereopt.groups import param_groups
 from sphereopt.monitor import Tracker, track
 from sphereopt.optim import SphereAdam, SphereLion, SphereMuon, SphereOptimizer, SphereSGD
+from sphereopt.optim.constrain import constrain
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "SphereOptimizer",
     "SphereSGD",
     "Tracker",
+    "constrain",
     "find_spheres",
     "geometry",
     "monitor",

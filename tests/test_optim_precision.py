@@ -1,7 +1,9 @@
 """bfloat16 and float16 weights: what rounding does to a step, and the three ways to meet it."""
 
 import copy
+import importlib.util
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +81,19 @@ def test_stochastic_and_master_make_the_angle_asked_for(lr, dtype):
 def test_nearest_loses_most_of_a_small_step_and_says_so():
     with pytest.warns(UserWarning, match=r"parameter 'group 0, parameter 0' kept \d+% of its step"):
         assert turned("nearest", 3e-4, torch.bfloat16) < 0.5
+
+
+def test_in_training_stochastic_rounding_makes_good_the_angle_that_nearest_loses():
+    path = Path(__file__).parent.parent / "benchmarks" / "low_precision.py"
+    spec = importlib.util.spec_from_file_location("low_precision", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    random = benchmark.run("stochastic", 1e-3, steps=40, seed=0)
+    nearest = benchmark.run("nearest", 1e-3, steps=40, seed=0)
+    assert random["progress"] == pytest.approx(1, abs=0.05)
+    assert not random["warned"]
+    assert nearest["progress"] < 0.5
+    assert nearest["warned"]
 
 
 def test_the_warning_is_given_once_and_names_the_layer():

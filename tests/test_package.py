@@ -23,6 +23,7 @@ def test_the_public_names_are_these():
         "SphereOptimizer",
         "SphereSGD",
         "Tracker",
+        "constrain",
         "find_spheres",
         "geometry",
         "monitor",

@@ -15,7 +15,15 @@ from sphereopt.moves import MOVES, RADIANS
 from sphereopt.optim._rounding import ROUNDINGS
 from sphereopt.radius import POLICIES
 
-__all__ = ["KINDS", "check_checkpoint", "check_group", "parameter_name", "resolve", "units"]
+__all__ = [
+    "KINDS",
+    "check_checkpoint",
+    "check_group",
+    "check_spheres",
+    "parameter_name",
+    "resolve",
+    "units",
+]
 
 KINDS = ("proved", "constrained")
 _CHOICES = {
@@ -86,7 +94,7 @@ def check_group(group: Group, index: int) -> None:
     for key in _NOT_SERVED:
         if group.get(key):
             raise ValueError(f"{key}=True is not supported on spheres; leave it out")
-    _check_spheres(group, index)
+    check_spheres(group, index)
     _check_radius(group, index)
 
 
@@ -109,7 +117,17 @@ def _check_numbers(group: Group) -> None:
         raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
 
 
-def _check_spheres(group: Group, index: int) -> None:
+def check_spheres(group: Group, index: int) -> None:
+    """Raise if a parameter of a group does not have the spheres that the group asks for.
+
+    Args:
+        group: A group with ``params``, ``sphere`` and ``joint``.
+        index: Its number, for messages of groups without names.
+
+    Raises:
+        ValueError: If the spec does not fit a shape.
+        TypeError: If a parameter is sharded, or has a dtype without directions.
+    """
     counts = set()
     for i, p in enumerate(group["params"]):
         name = parameter_name(group, index, i)
