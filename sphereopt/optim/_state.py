@@ -95,16 +95,18 @@ def blocks(
         work.append(_Unit(name, params, grads, [states[p] for p in params], keys))
     for unit in work:
         needed = _needed(unit, group)
-        if not all(key in state for state in unit.states for key in needed):
+        if any(not needed <= state.keys() for state in unit.states):
             _create(unit, group)
     clocks = [state["step"] for unit in work for state in unit.states]
     if clocks:
         torch._foreach_add_(clocks, 1)
     found: list[Block] = []
+    covered = group["sphere"] is not None and "@" not in group["sphere"]
     for unit in work:
         views = _Views(unit, group)
         found += views.spheres()
-        found += views.ordinary()
+        if not covered:
+            found += views.ordinary()
     return found
 
 
@@ -116,9 +118,9 @@ def _own_numbers(group: Group, keys: Keys) -> tuple[str, ...]:
     return ("radius", *virtual, *keys.numbers)
 
 
-def _needed(unit: _Unit, group: Group) -> tuple[str, ...]:
+def _needed(unit: _Unit, group: Group) -> set[str]:
     master = ("master",) if _has_master(unit, group) else ()
-    return ("step", *_own_numbers(group, unit.keys), *unit.keys.buffers, *master)
+    return {"step", *_own_numbers(group, unit.keys), *unit.keys.buffers, *master}
 
 
 def _has_master(unit: _Unit, group: Group) -> bool:
@@ -142,10 +144,9 @@ class _Views:
                 master.copy_(torch.where(master.to(p.dtype) == home, master, home))
                 own = [master, *own[1:], home]
             self._tensors.append(own)
-        first = unit.states[0]
         for state in unit.states[1:]:
             # Members of a joint sphere share its numbers, also after a checkpoint parted them.
-            state.update({key: first[key] for key in self._numbers})
+            state.update({key: unit.states[0][key] for key in self._numbers})
 
     def _block(
         self, kind: str | None, views: list[list[Tensor]], numbers: dict[str, Tensor], step: Tensor
@@ -171,13 +172,17 @@ class _Views:
 
     def spheres(self) -> Iterator[Block]:
         """Yield a block per piece of the spec."""
-        first, start = self._unit.states[0], 0
-        for piece in spheres.pieces(self._sphere) if self._sphere else ():
+        if self._sphere is None:
+            return
+        first, start, pieces = self._unit.states[0], 0, spheres.pieces(self._sphere)
+        for piece in pieces:
             views = [self._view(tensors, piece) for tensors in self._tensors]
-            stop = start + views[0][0].shape[0]
-            numbers = {key: first[key][start:stop] for key in self._numbers}
+            numbers = {key: first[key] for key in self._numbers}
+            if len(pieces) > 1:
+                stop = start + views[0][0].shape[0]
+                numbers = {key: x[start:stop] for key, x in numbers.items()}
+                start = stop
             yield self._block(spheres.parse(piece).kind, views, numbers, first["step"])
-            start = stop
 
     def ordinary(self) -> Iterator[Block]:
         """Yield the runs of rows that no piece covers, of parameters that have a gradient."""
