@@ -88,7 +88,7 @@ LONG = [(ROWS[1], move) for move in MOVES] + [(ROWS[5], "rotate"), (ROWS[5], "re
 def test_fixed_norm_holds_for_10000_float32_steps(row: Row, move):
     w = nn.Parameter(torch.randn(8, 33))
     start = norm(w.detach(), "row")
-    optimizer = row.make([w], sphere="row", move=move, lr=1e-3)
+    optimizer = row.make([w], sphere="row", move=move, lr=1e-3, transport="project")
     noise = torch.randn(100, 8, 33)
     for step in range(10_000):
         w.grad, before = noise[step % 100], w.detach().clone()

@@ -163,7 +163,7 @@ def test_complex_weights_fall_back():
     w = nn.Parameter(torch.randn(4, 3, dtype=torch.complex128))
     ours = so.SphereMuon([w], lr=0.01, sphere="row", transport="project")
     twin = nn.Parameter(w.detach().clone())
-    adam = so.SphereAdam([twin], lr=0.01, sphere="row")
+    adam = so.SphereAdam([twin], lr=0.01, sphere="row", transport="project")
     for _ in range(5):
         g = torch.randn(4, 3, dtype=torch.complex128)
         run(ours, [w], [[g]])

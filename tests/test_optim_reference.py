@@ -102,6 +102,7 @@ def test_geoopt_adam_gives_the_same_rows_up_to_the_unit_of_lr(amsgrad):
     ours = nn.Parameter(start.clone())
     peer = geoopt.optim.RiemannianAdam([theirs], lr=0.05, amsgrad=amsgrad, eps=1e-3)
     options = {"lr": 0.05 / n**0.5, "eps": 1e-3 / n**0.5, "move": "retract", "amsgrad": amsgrad}
+    options["transport"] = "project"
     mine = so.SphereAdam([ours], sphere="row", second_moment="sphere", **options)
     for step in range(50):
         theirs.grad = rule(theirs.detach().as_subclass(torch.Tensor), step)
@@ -119,9 +120,8 @@ def test_one_second_moment_per_sphere_keeps_the_direction_tangent():
 
     def end(move, second_moment):
         w = nn.Parameter(start.clone())
-        optimizer = so.SphereAdam(
-            [w], lr=0.05, sphere="row", move=move, second_moment=second_moment
-        )
+        options = {"move": move, "second_moment": second_moment, "transport": "project"}
+        optimizer = so.SphereAdam([w], lr=0.05, sphere="row", **options)
         for g in grads:
             w.grad = g.clone()
             optimizer.step()
@@ -144,7 +144,8 @@ def test_geoopt_sgd_gives_the_same_rows(nesterov):
     ours = nn.Parameter(start.clone())
     peer = geoopt.optim.RiemannianSGD([theirs], lr=0.05, momentum=0.9, nesterov=nesterov)
     peer.state[theirs]["momentum_buffer"] = torch.zeros_like(start)
-    mine = so.SphereSGD([ours], lr=0.05, momentum=0.9, nesterov=nesterov, sphere="row")
+    options = {"momentum": 0.9, "nesterov": nesterov, "transport": "project"}
+    mine = so.SphereSGD([ours], lr=0.05, sphere="row", **options)
     for step in range(50):
         theirs.grad = rule(theirs.detach().as_subclass(torch.Tensor), step)
         ours.grad = rule(ours.detach(), step)

@@ -61,14 +61,12 @@ def units(group: Group) -> list[tuple[int, list[Tensor]]]:
 
 
 def resolve(group: Group, default_move: str) -> None:
-    """Fill in the move and the transport that a sphere group leaves open."""
+    """Fill in the move that a sphere group leaves open."""
     if group["sphere"] is None:
         return
     free = group["radius"] == "free"
     if group["move"] is None:
         group["move"] = "renorm" if free else default_move
-    if group["transport"] is None:
-        group["transport"] = "none" if free else "project"
 
 
 def check_group(group: Group, index: int) -> None:

@@ -78,8 +78,8 @@ class SphereAdam(SphereOptimizer):
         amsgrad: Divide by the largest second moment so far.
         decoupled_weight_decay: True for AdamW's decay, False for Adam's L2 in the gradient.
         second_moment: ``"entry"`` as in Adam, or ``"sphere"``: one per sphere, the mean over its
-            entries. The direction is then the first moment, rescaled: it stays tangent, and takes
-            a third less memory.
+            entries. The direction is then the first moment, rescaled (tangent, where that is),
+            and the state takes half the memory.
         sphere: Sphere of groups that name none: None, ``"tensor"``, ``"row"``, ``"col"``,
             ``"block:K"``, or pieces such as ``"block:8@0:512,row@512:520"``; rows that no piece
             covers are stepped as AdamW steps them.
@@ -88,8 +88,9 @@ class SphereAdam(SphereOptimizer):
             ``radius="free"``.
         radius: ``"fixed"`` keeps every norm; ``"free"`` reproduces ``torch.optim.AdamW``'s
             directions with stored weights that never grow.
-        transport: How the first moment travels: ``"project"``, ``"parallel"``, ``"rescale"``, or
-            ``"none"``: moments are ambient as in torch, raw gradients enter them.
+        transport: ``"none"``: the first moment is an ambient vector and raw gradients enter it, as
+            in torch (T and the projection of g are left out). ``"project"``, ``"parallel"`` or
+            ``"rescale"``: gradients are made tangent, and the first moment is carried along.
         rounding: Of bf16 and fp16 weights: ``"nearest"`` as in torch, ``"stochastic"``, or
             ``"master"`` (a float32 copy is stepped); see :doc:`low_precision`.
         maximize: Ascend.
@@ -143,7 +144,7 @@ class SphereAdam(SphereOptimizer):
         joint: bool = False,
         move: str | None = None,
         radius: str = "fixed",
-        transport: str | None = None,
+        transport: str = "none",
         rounding: str = "nearest",
         maximize: bool = False,
         foreach: bool | None = None,

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT, _get_scalar_dtype
 
 from sphereopt import products
 from sphereopt.optim._batching import Slab, arrange
@@ -45,7 +45,7 @@ _DEFAULTS: Group = {
     "kind": "proved",
     "move": None,
     "radius": "fixed",
-    "transport": None,
+    "transport": "none",
     "rounding": "nearest",
     "maximize": False,
     "foreach": None,
@@ -151,16 +151,21 @@ class SphereOptimizer(Optimizer, ABC):
         """Add a group of parameters, ordinary or on spheres.
 
         Args:
-            param_group: As for torch, plus the sphere keys.
+            param_group: As for torch, plus the sphere keys. It is copied, so that one list of groups
+                serves several optimizers.
 
         Raises:
             ValueError: If an option does not fit a parameter; the group is then not added.
         """
-        super().add_param_group(param_group)
+        # torch fills in the caller's own dict: a second optimizer would inherit move and radius.
+        if not isinstance(param_group["params"], Tensor | list):
+            param_group["params"] = list(param_group["params"])  # an iterator serves one only
+        group = dict(param_group)
+        super().add_param_group(group)
         try:
-            resolve(param_group, type(self).default_move)
-            check_group(param_group, len(self.param_groups) - 1)
-            if param_group["differentiable"] and not self.smooth:
+            resolve(group, type(self).default_move)
+            check_group(group, len(self.param_groups) - 1)
+            if group["differentiable"] and not self.smooth:
                 raise ValueError(
                     f"differentiable=True has no meaning for {type(self).__name__}, whose "
                     "direction has no useful derivative; use SphereSGD or SphereAdam"
@@ -182,29 +187,47 @@ class SphereOptimizer(Optimizer, ABC):
         Notes:
             torch casts floating state to the dtype of the parameter. Sphere state keeps its own.
         """
-        check_checkpoint(state_dict, self.param_groups, self.sphere_numbers)
-        # A checkpoint of the torch optimizer has no sphere keys: those stay what they are here.
-        state_dict = {
-            **state_dict,
-            "param_groups": [
-                {**ours, **saved}
-                for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
-            ],
-        }
-        super().load_state_dict(state_dict)
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+        loaded: Group = {}
+
+        def prepare(_: Optimizer, state_dict: Group) -> Group:
+            check_checkpoint(state_dict, self.param_groups, self.sphere_numbers)
+            # A checkpoint of the torch optimizer has no sphere keys: those stay what they are here.
+            pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+            loaded.update(state_dict, param_groups=[{**ours, **saved} for ours, saved in pairs])
+            return loaded
+
+        # After hooks that change what is loaded, and before those that look at what was.
+        handles = [
+            self.register_load_state_dict_pre_hook(prepare),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._restore_dtypes(loaded), prepend=True
+            ),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _restore_dtypes(self, loaded: Group) -> None:
+        for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
             if group["sphere"] is None and group["rounding"] == "nearest":
                 continue
             for index, p in zip(saved["params"], group["params"], strict=True):
-                for key, value in state_dict["state"].get(index, {}).items():
-                    if isinstance(value, Tensor) and key != "step":
-                        self.state[p][key] = value.to(p.device, copy=True)
+                for key, value in loaded["state"].get(index, {}).items():
+                    if isinstance(value, Tensor):
+                        device = value.device if key == "step" else p.device
+                        self.state[p][key] = value.to(device, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in _DEFAULTS.items():
                 group.setdefault(key, value)
+        for values in self.state.values():
+            # torch counted steps in numbers once.
+            if isinstance(values, dict) and isinstance(values.get("step"), int | float):
+                values["step"] = torch.tensor(float(values["step"]), dtype=_get_scalar_dtype())
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -269,4 +292,7 @@ class SphereOptimizer(Optimizer, ABC):
 
 @_disable_dynamo
 def _step_plainly(rule: SphereOptimizer, params: list[Tensor], group: Group) -> None:
-    rule.plain_step(params, [rule.state[p] for p in params], group)
+    # torch keeps no state where there is nothing to remember: none is left behind empty.
+    states = [rule.state.get(p, {}) for p in params]
+    rule.plain_step(params, states, group)
+    rule.state.update({p: state for p, state in zip(params, states, strict=True) if state})

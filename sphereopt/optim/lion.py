@@ -41,8 +41,9 @@ class SphereLion(SphereOptimizer):
             ``radius="free"``.
         radius: ``"fixed"`` keeps every norm; ``"free"`` reproduces Lion's directions with stored
             weights that never grow.
-        transport: ``"project"``, ``"parallel"``, ``"rescale"``, or ``"none"``: the momentum is an
-            ambient vector, raw gradients enter it.
+        transport: ``"none"``: the momentum is an ambient vector and raw gradients enter it, as in
+            torch (T and the projection of g are left out). ``"project"``, ``"parallel"`` or
+            ``"rescale"``: gradients are made tangent, and the momentum is carried along.
         rounding: Of bf16 and fp16 weights: ``"nearest"`` as in torch, ``"stochastic"``, or
             ``"master"`` (a float32 copy is stepped); see :doc:`low_precision`.
         maximize: Ascend.
@@ -86,7 +87,7 @@ class SphereLion(SphereOptimizer):
         joint: bool = False,
         move: str | None = None,
         radius: str = "fixed",
-        transport: str | None = None,
+        transport: str = "none",
         rounding: str = "nearest",
         maximize: bool = False,
         foreach: bool | None = None,

@@ -107,8 +107,9 @@ class SphereMuon(SphereOptimizer):
             ``radius="free"``.
         radius: ``"fixed"`` keeps every norm; ``"free"`` reproduces ``torch.optim.Muon``'s
             directions with stored weights that never grow.
-        transport: ``"project"``, ``"parallel"``, ``"rescale"``, or ``"none"``: the momentum is an
-            ambient vector, raw gradients enter it.
+        transport: ``"none"``: the momentum is an ambient vector and raw gradients enter it, as in
+            torch (T and the projection of g are left out). ``"project"``, ``"parallel"`` or
+            ``"rescale"``: gradients are made tangent, and the momentum is carried along.
         rounding: Of bf16 and fp16 weights: ``"nearest"`` as in torch, ``"stochastic"``, or
             ``"master"`` (a float32 copy is stepped); see :doc:`low_precision`.
         maximize: Ascend.
@@ -163,7 +164,7 @@ class SphereMuon(SphereOptimizer):
         joint: bool = False,
         move: str | None = None,
         radius: str = "fixed",
-        transport: str | None = None,
+        transport: str = "none",
         rounding: str = "nearest",
         maximize: bool = False,
         foreach: bool | None = None,
@@ -222,7 +223,8 @@ class SphereMuon(SphereOptimizer):
 
     @override
     def plain_step(self, params: list[Tensor], states: list[dict[str, Any]], group: Group) -> None:
-        pairs = list(zip(params, states, strict=True))
+        # torch's Muon divides by the sizes of a matrix.
+        pairs = [pair for pair in zip(params, states, strict=True) if pair[0].numel()]
         matrices = [pair for pair in pairs if _is_served(group, [pair[0]])]
         others = [pair for pair in pairs if not _is_served(group, [pair[0]])]
         if matrices:

@@ -23,7 +23,8 @@ class SphereSGD(SphereOptimizer):
         u = m \;\text{ or }\; P_w g+\mu m \text{ (Nesterov)} \\
         w &\leftarrow r\,\frac{w-lr\,P_w u}{|w-lr\,P_w u|}
 
-    with :math:`P_w` the projection onto the tangent space and T the transport of the momentum.
+    with :math:`P_w` the projection onto the tangent space and T the transport of the momentum
+    (``transport``; by default neither is applied to gradient and momentum).
     Groups with ``sphere=None`` are stepped by ``torch.optim.SGD``'s own code, bit for bit.
 
     Args:
@@ -44,8 +45,9 @@ class SphereSGD(SphereOptimizer):
             ``radius="free"``.
         radius: ``"fixed"`` keeps every norm; ``"free"`` reproduces ``torch.optim.SGD``'s
             directions with stored weights that never grow.
-        transport: ``"project"``, ``"parallel"``, ``"rescale"``, or ``"none"``: the buffer is an
-            ambient vector as in torch, raw gradients enter it.
+        transport: ``"none"``: the momentum is an ambient vector and raw gradients enter it, as in
+            torch (T and the projection of g are left out). ``"project"``, ``"parallel"`` or
+            ``"rescale"``: gradients are made tangent, and the momentum is carried along.
         rounding: Of bf16 and fp16 weights: ``"nearest"`` as in torch, ``"stochastic"``, or
             ``"master"`` (a float32 copy is stepped); see :doc:`low_precision`.
         maximize: Ascend.
@@ -95,7 +97,7 @@ class SphereSGD(SphereOptimizer):
         joint: bool = False,
         move: str | None = None,
         radius: str = "fixed",
-        transport: str | None = None,
+        transport: str = "none",
         rounding: str = "nearest",
         maximize: bool = False,
         foreach: bool | None = None,
