@@ -3,7 +3,8 @@
     python benchmarks/step_time.py [--rounds 15] [--threads 1] [--json out.json]
 
 Each round times every contestant once, there and back again (A B C C B A); a row is the median over
-rounds of the ratio to ``torch.optim``'s fused step of the same family in the same round.
+rounds of the ratio to ``torch.optim``'s own step of the same family (fused, where there is one) in
+the same round.
 """
 
 import argparse
@@ -46,8 +47,8 @@ def contestants(family: str, sphere: str):
             "torch fused": lambda p: torch.optim.SGD(p, **options, fused=True),
             "torch default": lambda p: torch.optim.SGD(p, **options),
             "SphereSGD fixed": lambda p: so.SphereSGD(p, **options, sphere=sphere),
-            "SphereSGD fixed, no transport": lambda p: so.SphereSGD(
-                p, **options, sphere=sphere, transport="none"
+            "SphereSGD fixed, transport": lambda p: so.SphereSGD(
+                p, **options, sphere=sphere, transport="project"
             ),
             "SphereSGD free": lambda p: so.SphereSGD(p, **options, sphere=sphere, radius="free"),
             "geoopt RiemannianSGD": lambda p: geoopt.optim.RiemannianSGD(
@@ -55,15 +56,36 @@ def contestants(family: str, sphere: str):
             ),
         }
     options = {"lr": 1e-3}
+    if family == "muon":
+        return {
+            "torch Muon": lambda p: torch.optim.Muon(p, **options),
+            "SphereMuon fixed": lambda p: so.SphereMuon(p, **options, sphere=sphere),
+        }
     return {
         "torch fused": lambda p: torch.optim.AdamW(p, **options, fused=True),
         "torch default": lambda p: torch.optim.AdamW(p, **options),
         "SphereAdam fixed": lambda p: so.SphereAdam(p, **options, sphere=sphere),
+        "SphereAdam fixed, transport": lambda p: so.SphereAdam(
+            p, **options, sphere=sphere, transport="project"
+        ),
+        "SphereAdam fixed, second_moment=sphere": lambda p: so.SphereAdam(
+            p, **options, sphere=sphere, second_moment="sphere"
+        ),
+        "torch fused, constrained": lambda p: constrained(p, sphere, **options),
+        "SphereLion fixed": lambda p: so.SphereLion(p, **options, sphere=sphere),
         "SphereAdam free": lambda p: so.SphereAdam(p, **options, sphere=sphere, radius="free"),
         "geoopt RiemannianAdam": lambda p: geoopt.optim.RiemannianAdam(
             on_sphere(p, sphere), **options, **geo
         ),
     }
+
+
+def constrained(params: list[nn.Parameter], sphere: str, **options) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW held on spheres by step hooks."""
+    named = [(str(i), p) for i, p in enumerate(params)]
+    optimizer = torch.optim.AdamW(named, **options, fused=True, weight_decay=0.0)
+    so.constrain(optimizer, {name: sphere for name, _ in named}, project=False)
+    return optimizer
 
 
 def on_sphere(params: list[nn.Parameter], sphere: str) -> list[nn.Parameter]:
@@ -86,7 +108,7 @@ def timed(optimizer: torch.optim.Optimizer, repeats: int) -> float:
 
 
 def measure(family: str, shapes, sphere: str, rounds: int):
-    """Return name -> (median ratio to torch fused, median milliseconds)."""
+    """Return name -> (median ratio to the first, median milliseconds)."""
     entries = {}
     for name, make in contestants(family, sphere).items():
         params = [nn.Parameter(torch.randn(s)) for s in shapes]
@@ -95,7 +117,8 @@ def measure(family: str, shapes, sphere: str, rounds: int):
         entries[name] = make(params)
         entries[name].step()
     seconds = {name: [] for name in entries}
-    repeats = max(1, int(0.02 / timed(entries["torch fused"], 3)))
+    first = next(iter(entries))
+    repeats = max(1, int(0.02 / timed(entries[first], 3)))
     gc.disable()
     for _ in range(rounds):
         order = list(entries)
@@ -105,7 +128,7 @@ def measure(family: str, shapes, sphere: str, rounds: int):
         for name, value in once.items():
             seconds[name].append(value)
     gc.enable()
-    base = seconds["torch fused"]
+    base = seconds[first]
     return {
         name: (
             statistics.median(x / y for x, y in zip(values, base, strict=True)),
@@ -127,7 +150,9 @@ def main() -> None:
     for workload, (shapes, sphere) in WORKLOADS.items():
         if args.only not in workload:
             continue
-        for family in ("sgd", "adam"):
+        for family in ("sgd", "adam", "muon"):
+            if family == "muon" and any(len(shape) != 2 for shape in shapes):
+                continue  # torch's takes matrices only
             print(f"\n{workload}, spheres: {sphere}, {family}")
             found = measure(family, shapes, sphere, args.rounds)
             results[f"{workload} / {family}"] = found
