@@ -223,6 +223,7 @@ def test_an_empty_parameter_is_let_be():
 def test_half_precision_does_not_drift_over_2000_steps(dtype):
     (w,) = weights((8, 256), dtype=dtype)
     optimizer = sgd([w], lr=0.02, momentum=0)
+    start = norm(w.detach(), "row")
     handle = constrain(optimizer, {"w0": "row"})
     assert handle.radius["w0"].dtype == torch.float64
     generator = torch.Generator().manual_seed(0)
@@ -231,8 +232,24 @@ def test_half_precision_does_not_drift_over_2000_steps(dtype):
         optimizer.step()
     # A factor nearer to 1 than half the spacing of a number rounds away: the norm is off by eps/2
     # at most, where one that is read anew from rounded weights wanders without end.
-    off = (norm(w.detach(), "row") / handle.radius["w0"] - 1).abs().max()
+    off = (norm(w.detach(), "row") / start - 1).abs().max()
     assert off < torch.finfo(dtype).eps / 2
+    assert torch.equal(handle.radius["w0"], start)
+
+
+def test_a_sphere_that_is_initialized_late_keeps_the_norm_it_is_given():
+    (w,) = weights((4, 6))
+    w.data[1] = 0
+    optimizer = sgd([w], lr=0.1)
+    with pytest.warns(UserWarning, match="1 of 4 spheres of norm zero"):
+        constrain(optimizer, {"w0": "row"})
+    g = gradients([(4, 6)])
+    run(optimizer, [w], [next(iter(g))])
+    assert (w.detach()[1] == 0).all()
+    w.data[1] = 2.0
+    given = w.detach()[1].norm()
+    run(optimizer, [w], [next(iter(g))])
+    torch.testing.assert_close(w.detach()[1].norm(), given)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

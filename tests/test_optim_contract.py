@@ -81,6 +81,22 @@ def test_zero_norm_rows_stay_finite_and_are_reported_once(row: Row, policy):
     assert (w.detach()[0] != 0).all()
 
 
+@every_policy
+@every_row
+def test_a_sphere_that_is_initialized_late_keeps_the_norm_it_is_given(row: Row, policy):
+    # A stored radius of zero would wipe it out again.
+    w = nn.Parameter(torch.randn(5, 7))
+    w.data[2] = 0
+    optimizer = row.make([w], sphere="row", **policy)
+    with pytest.warns(UserWarning, match="initialize them"):
+        run(optimizer, [w], [[torch.randn(5, 7)] for _ in range(3)])
+    w.data[2] = torch.randn(7)
+    given = w.detach()[2].clone()
+    run(optimizer, [w], [[torch.randn(5, 7)] for _ in range(3)])
+    torch.testing.assert_close(w.detach()[2].norm(), given.norm(), rtol=1e-5, atol=0)
+    assert not torch.equal(w.detach()[2], given)
+
+
 LONG = [(ROWS[1], move) for move in MOVES] + [(ROWS[5], "rotate"), (ROWS[5], "renorm")]
 
 

@@ -132,9 +132,7 @@ class Slab:
         self.buffers = {
             key: [_gather(homes, copy) for homes in self._homes[key]] for key in first.buffers
         }
-        self.numbers = {
-            key: _gather(homes, copy and key != "radius") for key, homes in self._numbers.items()
-        }
+        self.numbers = {key: _gather(homes, copy) for key, homes in self._numbers.items()}
 
     @_disable_dynamo
     def write_back(self, rounding: Rounding) -> None:
@@ -143,8 +141,7 @@ class Slab:
             for work, homes in zip(works, self._homes[key], strict=True):
                 _bring_home(work, homes)
         for key, work in self.numbers.items():
-            if key != "radius":
-                _bring_home(work, self._numbers[key])
+            _bring_home(work, self._numbers[key])
         names = [bunch for bunch in self.bunches for _ in bunch[0].weights]
         for work, homes, bunch in zip(self.weights, self._homes["weights"], names, strict=True):
             if homes[0].dtype in NARROW:

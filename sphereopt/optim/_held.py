@@ -214,6 +214,8 @@ class Bunch:
         """
         square = products.dot(self.weights, self.weights, self.members)
         still = square == self.square
+        # Spheres that were zero and have been initialized since keep the norm they were given.
+        radius = torch.where(radius == 0, _root(self.square), radius)
         factor = _divide(radius, _root(square)).masked_fill(still, 1)
         self._multiply(self.weights, factor)
         return factor, still

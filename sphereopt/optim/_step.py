@@ -90,14 +90,18 @@ def step_ordinary(rule: SphereOptimizer, slab: Slab, group: Group) -> None:
 
 def step_spheres(rule: SphereOptimizer, slab: Slab, group: Group) -> Travel:
     """Step the spheres of a slab; return the numbers of the step."""
-    w, members = slab.weights, slab.members
-    u, gram = _directions(rule, slab, group, products.dot(w, w, members))
+    w, members, numbers = slab.weights, slab.members, slab.numbers
+    ww = products.dot(w, w, members)
+    for key in ("radius", "virtual_radius") if "virtual_radius" in numbers else ("radius",):
+        # Spheres that were zero and have been initialized since keep the norm they were given.
+        numbers[key] = torch.where(numbers[key] == 0, _root(ww), numbers[key])
+    u, gram = _directions(rule, slab, group, ww)
     trip = travel(
         gram,
         group["lr"],
         move=group["move"],
-        radius=slab.numbers["radius"],
-        virtual_radius=slab.numbers.get("virtual_radius"),
+        radius=numbers["radius"],
+        virtual_radius=numbers.get("virtual_radius"),
         shrink=rule.decay(group)[1],
     )
     eager = group["transport"] in ("parallel", "rescale")
@@ -110,6 +114,6 @@ def step_spheres(rule: SphereOptimizer, slab: Slab, group: Group) -> Travel:
     for key in set(rule.tangent_buffers) & slab.buffers.keys() if eager else ():
         ms = slab.buffers[key]
         slab.buffers[key] = transport_views(ms, old, slab.weights, group["transport"], members)
-    if "virtual_radius" in slab.numbers:
-        slab.numbers["virtual_radius"] = trip.norm
+    if "virtual_radius" in numbers:
+        numbers["virtual_radius"] = trip.norm
     return trip
