@@ -88,6 +88,11 @@ def check_group(group: Group, index: int) -> None:
         if key in group and group[key] not in allowed:
             raise ValueError(f"{key}={group[key]!r} is none of {', '.join(map(repr, allowed))}")
     if ordinary:
+        if "amsgrad" in group and group["foreach"] and isinstance(group["lr"], Tensor):
+            raise ValueError(
+                "lr as a Tensor is not supported for capturable=False and foreach=True, in "
+                "ordinary groups of Adam as in torch; leave foreach out"
+            )
         return
     for key in _NOT_SERVED:
         if group.get(key):

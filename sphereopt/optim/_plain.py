@@ -8,11 +8,28 @@ import torch
 from torch import Tensor
 from torch.optim._muon import muon
 from torch.optim.adam import adam
+from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.optim.sgd import sgd
 
-__all__ = ["adam_step", "lion_step", "muon_step", "sgd_step"]
+__all__ = ["adam_step", "clock", "lion_step", "muon_step", "sgd_step"]
 
 State = dict[str, Any]
+
+
+def clock(count: float, device: torch.device | str = "cpu", *, fused: bool = False) -> Tensor:
+    """Return a count of steps as torch keeps it.
+
+    Args:
+        count: Steps made.
+        device: Where it is kept.
+        fused: It is for a fused kernel.
+
+    Returns:
+        A float32 tensor without dimensions; float64 where that is the default dtype, but not for
+        fused kernels. Never a narrower default dtype: bfloat16 cannot count beyond 256.
+    """
+    wide = torch.get_default_dtype() == torch.float64 and not fused
+    return torch.tensor(count, dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 def sgd_step(params: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
@@ -23,6 +40,7 @@ def sgd_step(params: list[Tensor], states: list[State], group: dict[str, Any]) -
         states: Their optimizer state, filled in here.
         group: Options under torch's names.
     """
+    _check_fused(params, group)
     grads = [p.grad for p in params if p.grad is not None]
     buffers = [state.get("momentum_buffer") for state in states]
     sgd(
@@ -55,12 +73,13 @@ def adam_step(params: list[Tensor], states: list[State], group: dict[str, Any]) 
     Raises:
         RuntimeError: If a gradient is sparse, as torch does.
     """
+    _check_fused(params, group)
     for p, state in zip(params, states, strict=True):
         if p.grad is not None and p.grad.is_sparse:
             raise RuntimeError("Adam does not support sparse gradients; use SparseAdam for them")
         if not state:
             device = p.device if group["fused"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["step"] = clock(0.0, device, fused=bool(group["fused"]))
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             if group["amsgrad"]:
@@ -88,6 +107,12 @@ def adam_step(params: list[Tensor], states: list[State], group: dict[str, Any]) 
     )
 
 
+def _check_fused(params: list[Tensor], group: dict[str, Any]) -> None:
+    if group["fused"]:
+        for p in params:
+            _device_dtype_check_for_fused(p)
+
+
 def lion_step(params: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
     """Step parameters that have a gradient as the authors' Lion does; torch has none.
 
@@ -99,7 +124,9 @@ def lion_step(params: list[Tensor], states: list[State], group: dict[str, Any]) 
     Raises:
         RuntimeError: If a gradient is sparse.
     """
-    beta1, beta2 = group["betas"]
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())  # of shape (1,), it would not go into a parameter without dimensions
     for p, state in zip(params, states, strict=True):
         if p.grad is None or p.grad.is_sparse:
             raise RuntimeError("Lion does not support sparse gradients; use sparse=False")
@@ -108,8 +135,8 @@ def lion_step(params: list[Tensor], states: list[State], group: dict[str, Any]) 
         both = (p, p.grad, state["exp_avg"])
         w, g, m = map(torch.view_as_real, both) if p.is_complex() else both
         g = -g if group["maximize"] else g
-        w.mul_(1 - group["lr"] * group["weight_decay"])
-        w.sub_((m * beta1 + g * (1 - beta1)).sign_() * group["lr"])
+        w.mul_(1 - lr * group["weight_decay"])
+        w.sub_((m * beta1 + g * (1 - beta1)).sign_() * lr)
         m.mul_(beta2).add_(g, alpha=1 - beta2)
 
 

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.optim.optimizer import Optimizer
 
 from sphereopt import products, spheres
 from sphereopt.moves import _root
 from sphereopt.optim._batching import Block
 from sphereopt.optim._checks import parameter_name, units
+from sphereopt.optim._plain import clock
 
-__all__ = ["Keys", "SphereError", "blocks"]
+__all__ = ["Keys", "SphereError", "blocks", "load_checked"]
 
 State = dict[str, Any]
 Group = dict[str, Any]
@@ -208,7 +210,7 @@ def _create(unit: _Unit, group: Group) -> None:
     for p, state in zip(unit.params, unit.states, strict=True):
         # A checkpoint of torch.optim.SGD has a buffer and no step count: its first step is past.
         known = any(state.get(key) is not None for key in unit.keys.buffers)
-        state.setdefault("step", torch.tensor(1.0 if known else 0.0))
+        state.setdefault("step", clock(1.0 if known else 0.0))
         wide = products.accumulator(p.dtype)
         for key in unit.keys.buffers:
             if state.get(key) is None:
@@ -235,3 +237,46 @@ def _measure(unit: _Unit, sphere: str) -> Tensor:
             stacklevel=6,
         )
     return radius
+
+
+def load_checked(
+    optimizer: Optimizer,
+    load: Callable[[State], None],
+    state_dict: State,
+    check: Callable[[State], None],
+    restore: Callable[[State, State, Tensor, Group], None],
+) -> None:
+    """Load a checkpoint among the hooks that a user may have registered.
+
+    Args:
+        optimizer: What loads it.
+        load: torch's own ``load_state_dict``.
+        state_dict: The checkpoint. Options that it lacks, as one of the torch optimizer lacks those
+            of spheres, stay what they are.
+        check: Raises if it does not fit. It sees what hooks made of the checkpoint.
+        restore: Is called with the state of a parameter, its saved state, the parameter and its
+            group, to undo torch's casts; before hooks that look at what was loaded.
+    """
+    loaded: State = {}
+
+    def prepare(_: Optimizer, state_dict: State) -> State:
+        check(state_dict)
+        pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+        loaded.update(state_dict, param_groups=[{**ours, **saved} for ours, saved in pairs])
+        return loaded
+
+    def finish(_: Optimizer) -> None:
+        for saved, group in zip(loaded["param_groups"], optimizer.param_groups, strict=True):
+            for number, p in zip(saved["params"], group["params"], strict=True):
+                if number in loaded["state"]:
+                    restore(optimizer.state[p], loaded["state"][number], p, group)
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(prepare),
+        optimizer.register_load_state_dict_post_hook(finish, prepend=True),
+    ]
+    try:
+        load(state_dict)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -201,9 +201,9 @@ class SphereAdam(SphereOptimizer):
         torch._foreach_lerp_(ms, grads, 1 - beta1)
         v.lerp_(products.mean_square(grads, members), 1 - beta2)
         if group["amsgrad"]:
-            v = slab.numbers["max_sphere_avg_sq"].copy_(
-                torch.maximum(slab.numbers["max_sphere_avg_sq"], v)
-            )
+            # Not in place: autograd needs the former maximum.
+            v = torch.maximum(slab.numbers["max_sphere_avg_sq"], v)
+            slab.numbers["max_sphere_avg_sq"] = v
         t = torch.full(
             (), slab.steps[0], dtype=torch.float64
         )  # no int: no constant in compiled code

@@ -24,13 +24,14 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim.optimizer import Optimizer, ParamsT, _get_scalar_dtype
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from sphereopt import products
 from sphereopt.optim._batching import Slab, arrange
 from sphereopt.optim._checks import check_checkpoint, check_group, resolve
+from sphereopt.optim._plain import clock
 from sphereopt.optim._rounding import Rounding
-from sphereopt.optim._state import Keys, SphereError, blocks
+from sphereopt.optim._state import Keys, SphereError, blocks, load_checked
 from sphereopt.optim._step import step_ordinary, step_spheres
 from sphereopt.radius import Travel
 
@@ -151,8 +152,8 @@ class SphereOptimizer(Optimizer, ABC):
         """Add a group of parameters, ordinary or on spheres.
 
         Args:
-            param_group: As for torch, plus the sphere keys. It is copied, so that one list of groups
-                serves several optimizers.
+            param_group: As for torch, plus the sphere keys. It is copied, so that one list of
+                groups serves several optimizers.
 
         Raises:
             ValueError: If an option does not fit a parameter; the group is then not added.
@@ -187,37 +188,22 @@ class SphereOptimizer(Optimizer, ABC):
         Notes:
             torch casts floating state to the dtype of the parameter. Sphere state keeps its own.
         """
-        loaded: Group = {}
+        numbers = self.sphere_numbers
 
-        def prepare(_: Optimizer, state_dict: Group) -> Group:
-            check_checkpoint(state_dict, self.param_groups, self.sphere_numbers)
-            # A checkpoint of the torch optimizer has no sphere keys: those stay what they are here.
-            pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
-            loaded.update(state_dict, param_groups=[{**ours, **saved} for ours, saved in pairs])
-            return loaded
-
-        # After hooks that change what is loaded, and before those that look at what was.
-        handles = [
-            self.register_load_state_dict_pre_hook(prepare),
-            self.register_load_state_dict_post_hook(
-                lambda _: self._restore_dtypes(loaded), prepend=True
-            ),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _restore_dtypes(self, loaded: Group) -> None:
-        for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
+        def restore(state: Group, saved: Group, p: Tensor, group: Group) -> None:
             if group["sphere"] is None and group["rounding"] == "nearest":
-                continue
-            for index, p in zip(saved["params"], group["params"], strict=True):
-                for key, value in loaded["state"].get(index, {}).items():
-                    if isinstance(value, Tensor):
-                        device = value.device if key == "step" else p.device
-                        self.state[p][key] = value.to(device, copy=True)
+                return
+            for key, value in saved.items():
+                if isinstance(value, Tensor):
+                    state[key] = value.to("cpu" if key == "step" else p.device, copy=True)
+
+        load_checked(
+            self,
+            super().load_state_dict,
+            state_dict,
+            lambda loaded: check_checkpoint(loaded, self.param_groups, numbers),
+            restore,
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -227,7 +213,7 @@ class SphereOptimizer(Optimizer, ABC):
         for values in self.state.values():
             # torch counted steps in numbers once.
             if isinstance(values, dict) and isinstance(values.get("step"), int | float):
-                values["step"] = torch.tensor(float(values["step"]), dtype=_get_scalar_dtype())
+                values["step"] = clock(float(values["step"]))
 
     @overload
     def step(self, closure: None = None) -> None: ...

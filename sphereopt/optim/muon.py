@@ -241,7 +241,9 @@ def _is_served(group: Group, params: list[Tensor]) -> bool:
 
 def _adam_options(group: Group) -> Group:
     fixed = {"amsgrad": False, "decoupled_weight_decay": True, "differentiable": False}
-    return {**group, **fixed, "eps": group["adam_eps"]}
+    # torch's foreach form takes no tensor.
+    foreach = False if isinstance(group["lr"], Tensor) else group["foreach"]
+    return {**group, **fixed, "eps": group["adam_eps"], "foreach": foreach}
 
 
 def _orthogonal(u: Tensor, kind: str | None, group: Group) -> Tensor:

@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from sphereopt import spheres
 from sphereopt.optim._checks import parameter_name
-from sphereopt.optim._state import SphereError
+from sphereopt.optim._state import SphereError, load_checked
 from sphereopt.optim.literature._views import norm, on_spheres
 
 __all__ = ["Group", "LiteratureOptimizer", "State"]
@@ -147,17 +147,22 @@ class LiteratureOptimizer(Optimizer, ABC):
             torch casts floating state to the dtype of the parameter. Here it keeps its own, but
             for half precision, which is widened.
         """
-        _check_checkpoint(state_dict, self)
-        groups = zip(self.param_groups, state_dict["param_groups"], strict=True)
-        merged = [{**ours, **saved} for ours, saved in groups]
-        state_dict = {**state_dict, "param_groups": merged}
-        super().load_state_dict(state_dict)
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for number, p in zip(saved["params"], group["params"], strict=True):
-                for key, value in state_dict["state"].get(number, {}).items():
-                    device = torch.device("cpu") if key == "step" else p.device
-                    dtype = torch.promote_types(value.dtype, torch.float32)
-                    self.state[p][key] = value.to(device, dtype, copy=True)
+
+        def restore(state: State, saved: State, p: Tensor, group: Group) -> None:
+            for key, value in saved.items():
+                # torch counted steps in numbers once.
+                value = torch.as_tensor(value)
+                device = torch.device("cpu") if key == "step" else p.device
+                dtype = torch.promote_types(value.dtype, torch.float32)
+                state[key] = value.to(device, dtype, copy=True)
+
+        load_checked(
+            self,
+            super().load_state_dict,
+            state_dict,
+            lambda loaded: _check_checkpoint(loaded, self),
+            restore,
+        )
 
     @overload
     def step(self, closure: None = None) -> None: ...
