@@ -1,5 +1,8 @@
 """Train normalized networks on the spheres where their scale-invariant weights live."""
 
+import importlib
+from types import ModuleType
+
 from sphereopt import geometry as geometry
 from sphereopt import monitor as monitor
 from sphereopt import moves as moves
@@ -24,6 +27,7 @@ __all__ = [
     "constrain",
     "find_spheres",
     "geometry",
+    "manifold",
     "monitor",
     "moves",
     "optim",
@@ -32,3 +36,9 @@ __all__ = [
     "theory",
     "track",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "manifold":  # it needs geoopt, which nothing else does
+        return importlib.import_module("sphereopt.manifold")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,6 +26,7 @@ def test_the_public_names_are_these():
         "constrain",
         "find_spheres",
         "geometry",
+        "manifold",
         "monitor",
         "moves",
         "optim",

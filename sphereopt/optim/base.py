@@ -29,6 +29,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from sphereopt import products
 from sphereopt.optim._batching import Slab, arrange
 from sphereopt.optim._checks import check_checkpoint, check_group, resolve
+from sphereopt.optim._manifolds import split_manifolds
 from sphereopt.optim._plain import clock
 from sphereopt.optim._rounding import Rounding
 from sphereopt.optim._state import Keys, SphereError, blocks, load_checked
@@ -153,7 +154,8 @@ class SphereOptimizer(Optimizer, ABC):
 
         Args:
             param_group: As for torch, plus the sphere keys. It is copied, so that one list of
-                groups serves several optimizers.
+                groups serves several optimizers. geoopt's ``ManifoldParameter`` on spheres get
+                groups of their own, with the ``sphere`` that means the same.
 
         Raises:
             ValueError: If an option does not fit a parameter; the group is then not added.
@@ -161,19 +163,24 @@ class SphereOptimizer(Optimizer, ABC):
         # torch fills in the caller's own dict: a second optimizer would inherit move and radius.
         if not isinstance(param_group["params"], Tensor | list):
             param_group["params"] = list(param_group["params"])  # an iterator serves one only
-        group = dict(param_group)
-        super().add_param_group(group)
+        before = len(self.param_groups)
         try:
-            resolve(group, type(self).default_move)
-            check_group(group, len(self.param_groups) - 1)
-            if group["differentiable"] and not self.smooth:
-                raise ValueError(
-                    f"differentiable=True has no meaning for {type(self).__name__}, whose "
-                    "direction has no useful derivative; use SphereSGD or SphereAdam"
-                )
+            for part in split_manifolds([param_group]):
+                group = dict(part)
+                super().add_param_group(group)
+                self._complete(group, len(self.param_groups) - 1)
         except (TypeError, ValueError):
-            self.param_groups.pop()
+            del self.param_groups[before:]
             raise
+
+    def _complete(self, group: Group, index: int) -> None:
+        resolve(group, type(self).default_move)
+        check_group(group, index)
+        if group["differentiable"] and not self.smooth:
+            raise ValueError(
+                f"differentiable=True has no meaning for {type(self).__name__}, whose "
+                "direction has no useful derivative; use SphereSGD or SphereAdam"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint, after checking that it was made for these parameters and spheres.
