@@ -333,8 +333,8 @@ class Spheres(Manifold):  # type: ignore[misc]  # geoopt has no type hints
 
         Example:
             >>> from sphereopt.manifold import Spheres
-            >>> Spheres("tensor", radius=2.0).random(3, 5).norm()
-            tensor(2.0000)
+            >>> Spheres("tensor", radius=2.0).random(3, 5).norm().round(decimals=4)
+            tensor(2.)
         """
         shape = size2shape(*size)
         self._assert_check_shape(shape, "x")
