@@ -49,7 +49,7 @@ def train(row: Row, backend: str | None, lr, steps: int = 7, **more):
 NAMES = ["sgd-momentum", "sgd-nesterov", "adamw", "adamw-amsgrad", "adamw-sphere", "lion", "muon"]
 CASES = [(row, {"radius": "fixed"}) for row in ROWS if row.name in NAMES]
 CASES += [(row, {"radius": "free"}) for row in ROWS if row.name in ("sgd-momentum", "adamw")]
-CASES += [(ROWS[1], {"transport": how}) for how in ("parallel", "none")]
+CASES += [(ROWS[1], {"transport": how}) for how in ("parallel", "project")]
 CASES = [(*case, False) for case in CASES] + [(ROWS[1], {}, True), (ROWS[5], {}, True)]
 
 

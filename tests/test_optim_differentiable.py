@@ -9,7 +9,7 @@ import sphereopt as so
 
 MOVES = ["retract", "exp", "renorm", "hyperball", "rotate"]
 POLICIES = [{"move": move} for move in MOVES]
-POLICIES += [{"transport": how} for how in ("parallel", "rescale", "none")]
+POLICIES += [{"transport": how} for how in ("project", "parallel", "rescale")]
 POLICIES += [{"radius": "free"}, {"radius": "free", "weight_decay": 0.1}, {"sphere": None}]
 POLICIES += [{"sphere": "row@0:2,tensor@2:4"}, {"sphere": "tensor"}]
 

@@ -59,7 +59,7 @@ def same(params, cut, rtol=1e-12, atol=1e-13):
 
 
 POLICIES = [{"move": move} for move in ("retract", "exp", "renorm", "hyperball", "rotate")]
-POLICIES += [{"transport": how} for how in ("parallel", "rescale", "none")]
+POLICIES += [{"transport": how} for how in ("project", "parallel", "rescale")]
 POLICIES += [{"radius": "free"}, {"radius": "free", "weight_decay": 0.1}]
 every_policy = pytest.mark.parametrize(
     "policy", POLICIES, ids=lambda p: "-".join(map(str, p.values()))
