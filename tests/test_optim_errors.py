@@ -89,3 +89,20 @@ def test_a_sparse_gradient_is_refused_by_name_before_anything_changes():
         optimizer.step()
     assert torch.equal(table.weight.detach(), before)
     assert not optimizer.state[table.weight]
+
+
+@pytest.mark.parametrize("fault", ["sparse", "weight decay"])
+def test_a_step_that_is_refused_has_changed_no_other_group(fault):
+    first, table = nn.Linear(3, 2, bias=False), nn.Embedding(5, 3, sparse=fault == "sparse")
+    groups = [{"params": [first.weight]}, {"params": [table.weight]}]
+    optimizer = so.SphereSGD(groups, lr=0.1, sphere="row")
+    first(table(torch.tensor([1, 2]))).sum().backward()
+    if fault == "weight decay":
+        optimizer.param_groups[1]["weight_decay"] = 0.1
+    before = first.weight.detach().clone()
+    with pytest.raises(
+        (SphereError, ValueError), match=r"sparse gradient|does nothing on a sphere"
+    ):
+        optimizer.step()
+    assert torch.equal(first.weight.detach(), before)
+    assert not optimizer.state[first.weight]

@@ -22,7 +22,7 @@ from sphereopt.optim._batching import Block
 from sphereopt.optim._checks import parameter_name, units
 from sphereopt.optim._plain import clock
 
-__all__ = ["Keys", "SphereError", "blocks", "load_checked"]
+__all__ = ["Keys", "SphereError", "blocks", "check_gradients", "load_checked"]
 
 State = dict[str, Any]
 Group = dict[str, Any]
@@ -57,6 +57,28 @@ class _Unit(NamedTuple):
 
 
 @_disable_dynamo
+def check_gradients(group: Group, index: int) -> None:
+    """Raise if a gradient cannot be stepped: before any group has been.
+
+    Args:
+        group: A parameter group.
+        index: Its number, for messages of groups without names.
+
+    Raises:
+        SphereError: If a gradient is sparse where the parameter is stepped as a whole.
+    """
+    if group["sphere"] is None and group["rounding"] == "nearest":
+        return  # torch's own step
+    for i, p in enumerate(group["params"]):
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise SphereError(
+                f"parameter {parameter_name(group, index, i)!r} of shape {tuple(p.shape)} has a "
+                "sparse gradient, and is stepped as a whole; use sparse=False, or leave it out of "
+                "the spheres (with rounding='nearest')"
+            )
+
+
+@_disable_dynamo
 def blocks(
     states: Mapping[Tensor, State],
     group: Group,
@@ -75,9 +97,6 @@ def blocks(
     Returns:
         For every parameter that has a gradient, or jointly for the group: a block of each piece of
         its spec, and one of each run of ordinary rows between them.
-
-    Raises:
-        SphereError: If a gradient is sparse. Nothing has been changed then.
     """
     work = []
     for start, params in units(group):
@@ -86,13 +105,6 @@ def blocks(
         name = parameter_name(group, index, start, len(params))
         # Another member's gradient may be missing: that one then does not pull.
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        for p, grad in zip(params, grads, strict=True):
-            if grad.layout is not torch.strided:
-                raise SphereError(
-                    f"parameter {name!r} of shape {tuple(p.shape)} has a sparse gradient, and is "
-                    "stepped as a whole; use sparse=False, or leave it out of the spheres (with "
-                    "rounding='nearest')"
-                )
         keys = keys_of(group, params)
         work.append(_Unit(name, params, grads, [states[p] for p in params], keys))
     for unit in work:

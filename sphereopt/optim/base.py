@@ -32,7 +32,7 @@ from sphereopt.optim._checks import check_checkpoint, check_group, resolve
 from sphereopt.optim._manifolds import split_manifolds
 from sphereopt.optim._plain import clock
 from sphereopt.optim._rounding import Rounding
-from sphereopt.optim._state import Keys, SphereError, blocks, load_checked
+from sphereopt.optim._state import Keys, SphereError, blocks, check_gradients, load_checked
 from sphereopt.optim._step import step_ordinary, step_spheres
 from sphereopt.radius import Travel
 
@@ -237,12 +237,17 @@ class SphereOptimizer(Optimizer, ABC):
             The loss that the closure returned, if there is one.
 
         Raises:
-            SphereError: If a gradient is sparse, or a group cannot be stepped.
+            SphereError: If a gradient on a sphere is sparse. Nothing has been changed then.
+            ValueError: If a scheduler gave weight decay to a sphere of fixed radius; likewise.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for index, group in enumerate(self.param_groups):
+            check_gradients(group, index)
+            if group["sphere"] and group["radius"] == "fixed" and group["weight_decay"] != 0:
+                check_group(group, index)  # a scheduler may have set it; this raises
         for index, group in enumerate(self.param_groups):
             with torch.set_grad_enabled(group["differentiable"]):
                 self._step_group(group, index)
@@ -257,8 +262,6 @@ class SphereOptimizer(Optimizer, ABC):
             if params:
                 _step_plainly(self, params, group)
             return
-        if group["sphere"] and group["radius"] == "fixed" and group["weight_decay"] != 0:
-            check_group(group, index)  # a scheduler may have set it; this raises
         work = blocks(self.state, group, index, self.state_keys)
         step = max([0, *(block.step for block in work)])
         # Reading what was lost waits for the device: at steps 1, 2, 4, 8, ... until it was told.
