@@ -53,7 +53,7 @@ TRAPS = {
     3: trap(
         "geoopt 0.5.1 RiemannianAdam(maximize=True) minimizes; foreach and capturable are taken "
         "and ignored",
-        "maximizing is minimizing the negative, bit for bit; capturable is refused on spheres; "
+        "maximizing is minimizing the negative, bit for bit; capturable is refused; "
         "every other option changes a number",
         STEPS + "test_geoopt_adam_minimizes_when_told_to_maximize_and_we_climb",
         STEPS + "test_to_maximize_is_to_minimize_the_negative",

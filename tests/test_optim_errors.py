@@ -106,3 +106,18 @@ def test_a_step_that_is_refused_has_changed_no_other_group(fault):
         optimizer.step()
     assert torch.equal(first.weight.detach(), before)
     assert not optimizer.state[first.weight]
+
+
+@pytest.mark.parametrize("sphere", [None, "row"])
+def test_capturable_is_refused_rather_than_ignored(sphere):
+    group = {"params": [nn.Parameter(torch.ones(2, 2))], "capturable": True}
+    with pytest.raises(ValueError, match="capturable=True is not supported"):
+        so.SphereAdam([group], sphere=sphere)
+
+
+def test_rounding_of_a_sharded_parameter_is_refused_by_name():
+    w = nn.Parameter(torch.ones(2, 2))
+    w.placements = ()  # what marks a DTensor
+    so.SphereSGD([("w", w)])
+    with pytest.raises(TypeError, match=r"'w' is sharded \(DTensor\), and rounding='master'"):
+        so.SphereSGD([("w", w)], rounding="master")

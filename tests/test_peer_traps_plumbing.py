@@ -112,7 +112,7 @@ def test_capturable_is_refused_where_it_is_not_served(cls):
     w = nn.Parameter(torch.randn(4, 9))
     with pytest.raises(TypeError, match="capturable"):
         cls([w], sphere="row", capturable=True)
-    with pytest.raises(ValueError, match="capturable=True is not supported on spheres"):
+    with pytest.raises(ValueError, match="capturable=True is not supported"):
         cls([{"params": [w], "sphere": "row", "capturable": True}])
 
 

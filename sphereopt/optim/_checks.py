@@ -87,18 +87,28 @@ def check_group(group: Group, index: int) -> None:
     for key, allowed in {**(_CHOICES if not ordinary else {}), **_ANYWHERE}.items():
         if key in group and group[key] not in allowed:
             raise ValueError(f"{key}={group[key]!r} is none of {', '.join(map(repr, allowed))}")
-    if ordinary:
-        if "amsgrad" in group and group["foreach"] and isinstance(group["lr"], Tensor):
-            raise ValueError(
-                "lr as a Tensor is not supported for capturable=False and foreach=True, in "
-                "ordinary groups of Adam as in torch; leave foreach out"
-            )
-        return
     for key in _NOT_SERVED:
         if group.get(key):
-            raise ValueError(f"{key}=True is not supported on spheres; leave it out")
+            raise ValueError(f"{key}=True is not supported; leave it out")
+    if ordinary:
+        _check_ordinary(group, index)
+        return
     check_spheres(group, index)
     _check_radius(group, index)
+
+
+def _check_ordinary(group: Group, index: int) -> None:
+    if "amsgrad" in group and group["foreach"] and isinstance(group["lr"], Tensor):
+        raise ValueError(
+            "lr as a Tensor is not supported for capturable=False and foreach=True, in "
+            "ordinary groups of Adam as in torch; leave foreach out"
+        )
+    for i, p in enumerate(group["params"] if group["rounding"] != "nearest" else ()):
+        if hasattr(p, "placements"):
+            raise TypeError(
+                f"parameter {parameter_name(group, index, i)!r} is sharded (DTensor), and "
+                f"rounding={group['rounding']!r} needs all of it; use rounding='nearest' there"
+            )
 
 
 def _check_numbers(group: Group) -> None:
