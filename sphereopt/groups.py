@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from sphereopt import spheres as _spheres
 from sphereopt.detect import SphereReport, find_spheres
 from sphereopt.detect.copying import unwrap
+from sphereopt.names import did_you_mean, plain
 
 __all__ = ["param_groups"]
 
@@ -154,15 +154,14 @@ class _Chosen:
 
     def _find(self, name: str) -> Tensor:
         """Return the parameter of this name, under any wrapper's or parametrization's spelling."""
-        plain = name.replace("_orig_mod.", "").removeprefix("module.")
-        module, _, leaf = plain.rpartition(".")
+        short = plain(name)
+        module, _, leaf = short.rpartition(".")
         original = ".".join(filter(None, (module, "parametrizations", leaf, "original")))
-        for candidate in (name, plain, original):
+        for candidate in (name, short, original):
             if candidate in self._aliases:
                 return self._aliases[candidate]
-        near = difflib.get_close_matches(plain, self._aliases, n=3, cutoff=0.5)
         inside = [n for n in self._aliases if n.startswith(original)]
-        hint = f"; did you mean {' or '.join(map(repr, inside or near))}?" if inside or near else ""
+        hint = did_you_mean(short, self._aliases, inside)
         raise ValueError(f"the model has no parameter {name!r}{hint}")
 
     def _put(self, members: tuple[Tensor, ...], spec: str, kind: str) -> None:

@@ -1,6 +1,8 @@
 """The code in README and docs runs."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 import sphereopt as so
+from sphereopt.cli import main
 from sphereopt.geometry import angle, norm
 
 ROOT = Path(__file__).parent.parent
@@ -74,3 +77,31 @@ def test_the_optimizer_of_the_concepts_page_is_one():
     torch.testing.assert_close(angle(before, w.detach(), "row"), torch.full((4,), 0.02).double())
     torch.testing.assert_close(norm(w.detach(), "row"), start)
     assert rows[0]["parameters"]["w"]["angle"]["mean"] == pytest.approx(0.02)
+
+
+def test_audit_page(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "audit.md").read_text()
+    (code,) = blocks("docs/audit.md")
+    (tmp_path / "small.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    torch.save({"model": names["net"]().state_dict()}, "small.pt")
+    commands = re.findall(r"```console\n\$ sphereopt (.*?)\n(.*?)```", page, re.DOTALL)
+    ran = 0
+    for command, expected in commands:
+        argv = shlex.split(command.partition(" > ")[0])
+        if argv[1] != "small:net":
+            continue
+        ran += 1
+        assert main(argv) == 0
+        out = capsys.readouterr().out
+        if expected:
+            assert masked(out) == masked(expected), "paste the new output into docs/audit.md"
+    assert ran == len(commands) - 1 == 4
+    sys.modules.pop("small", None)
+
+
+def masked(text):
+    """Return the text without what rounding changes: measured numbers, and the columns' widths."""
+    return re.sub(r" +", " ", re.sub(r"\b\d+(\.\d+)?e-\d+|\b\d\.\d+", "#", text)).strip()

@@ -1,6 +1,7 @@
 """Bad options, parameters and gradients: named, with a remedy, before anything changes."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import sphereopt as so
 from sphereopt.optim import SphereError
+from sphereopt.optim.literature import AdamH
 
 
 @pytest.mark.parametrize(
@@ -121,3 +123,30 @@ def test_rounding_of_a_sharded_parameter_is_refused_by_name():
     so.SphereSGD([("w", w)])
     with pytest.raises(TypeError, match=r"'w' is sharded \(DTensor\), and rounding='master'"):
         so.SphereSGD([("w", w)], rounding="master")
+
+
+def low(params):
+    return so.SphereSGD(params, lr=1e-5, sphere="row", rounding="nearest")
+
+
+WARN = {
+    "zero norm": lambda z, w: so.SphereSGD([z], sphere="row").step(),
+    "zero norm, published": lambda z, w: AdamH([z]).step(),
+    "zero norm, constrained": lambda z, w: so.constrain(
+        torch.optim.SGD([("z", z)], lr=0.1), {"z": "row"}
+    ),
+    "lost step": lambda z, w: low([w]).step(),
+    "lost step, closure": lambda z, w: low([w]).step(lambda: 0.0),
+}
+
+
+@pytest.mark.parametrize("make", WARN.values(), ids=WARN)
+def test_a_warning_points_to_the_line_of_the_user(make):
+    # Through torch's step wrapper, the compiler's, and ours.
+    z, w = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.randn(8, 64).bfloat16())
+    for p in (z, w):
+        p.grad = torch.randn_like(p)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(z, w)
+    assert [warning.filename for warning in caught] == [__file__]

@@ -142,8 +142,8 @@ class Slab:
                 _bring_home(work, homes)
         for key, work in self.numbers.items():
             _bring_home(work, self._numbers[key])
-        names = [bunch for bunch in self.bunches for _ in bunch[0].weights]
-        for work, homes, bunch in zip(self.weights, self._homes["weights"], names, strict=True):
+        owners = [bunch for bunch in self.bunches for _ in bunch[0].weights]
+        for work, homes, bunch in zip(self.weights, self._homes["weights"], owners, strict=True):
             if homes[0].dtype in NARROW:
                 parts = torch.split(work, [x.shape[0] for x in homes])
                 rounding.write(list(parts), homes, [block.name for block in bunch])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 from sphereopt import products, spheres
 from sphereopt.geometry import transport_views
 from sphereopt.moves import _divide, _root
+from sphereopt.names import did_you_mean, plain
 from sphereopt.optim._checks import check_spheres, parameter_name, units
 from sphereopt.optim._state import SphereError
 
@@ -96,12 +96,14 @@ def _by_names(optimizer: Optimizer, specs: Specs) -> list[Held]:
     found: list[Held] = []
     claimed: set[str] = set()
     for key, spec in table.items():
-        names = [_plain(name) for name in ([key] if isinstance(key, str) else key)]
+        names = [plain(name) for name in ([key] if isinstance(key, str) else key)]
         if spec is None or (table is not specs and not _wanted(names, places)):
             continue
         for name in names:
             if name not in places:
-                raise ValueError(f"the optimizer has no parameter {name!r}{_hint(name, places)}")
+                raise ValueError(
+                    f"the optimizer has no parameter {name!r}{did_you_mean(name, places)}"
+                )
             if name in claimed:
                 raise ValueError(f"parameter {name!r} is given two spheres; name it once")
             claimed.add(name)
@@ -115,7 +117,7 @@ def _by_names(optimizer: Optimizer, specs: Specs) -> list[Held]:
 def _places(optimizer: Optimizer) -> dict[str, tuple[Tensor, int]]:
     """Return tensor and group of every named parameter."""
     places = {
-        _plain(name): (p, index)
+        plain(name): (p, index)
         for index, group in enumerate(optimizer.param_groups)
         for name, p in zip(group.get("param_names", []), group["params"], strict=False)
     }
@@ -127,19 +129,10 @@ def _places(optimizer: Optimizer) -> dict[str, tuple[Tensor, int]]:
     return places
 
 
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
 def _wanted(names: list[str], places: Mapping[str, tuple[Tensor, int]]) -> bool:
     """Take what ``param_groups`` takes of a report: no frozen members, not norms and biases."""
     here = all(name in places for name in names)
     return here and any(places[name][0].ndim > 1 for name in names)
-
-
-def _hint(name: str, places: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, places, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _uniform(held: Held) -> Held:

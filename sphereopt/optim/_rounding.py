@@ -8,12 +8,13 @@ nothing but a warning (``"nearest"``), rounding up or down at random so that the
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+
+from sphereopt.optim._warn import warn_user
 
 __all__ = ["ROUNDINGS", "Rounding", "stochastic_round"]
 
@@ -103,11 +104,10 @@ class Rounding:
             self.kept, torch.stack([x for _, x in self.kept]).tolist(), strict=True
         ):
             if share < 0.5:
-                warnings.warn(
+                warn_user(
                     f"parameter {name!r} kept {share:.0%} of its step: the rest was below the "
                     "rounding of its dtype; use rounding='stochastic', rounding='master', or "
-                    "float32 weights (this is said once, other parameters may do likewise)",
-                    stacklevel=6,
+                    "float32 weights (this is said once, other parameters may do likewise)"
                 )
                 return True
         return False

@@ -7,7 +7,6 @@ one float64 number per sphere, piece after piece: growth of 1e-9 per step would 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from sphereopt.moves import _root
 from sphereopt.optim._batching import Block
 from sphereopt.optim._checks import parameter_name, units
 from sphereopt.optim._plain import clock
+from sphereopt.optim._warn import warn_user
 
 __all__ = ["Keys", "SphereError", "blocks", "check_gradients", "load_checked"]
 
@@ -242,11 +242,10 @@ def _measure(unit: _Unit, sphere: str) -> Tensor:
     pieces = zip(*[spheres.split(p.detach(), sphere) for p in unit.params], strict=True)
     radius = _root(torch.cat([products.dot(views, views) for views in pieces]))
     if any("radius" not in state for state in unit.states) and bool((radius == 0).any()):
-        warnings.warn(
+        warn_user(
             f"parameter {unit.name!r} of shape {tuple(unit.params[0].shape)} has "
             f"{int((radius == 0).sum())} of {radius.numel()} spheres of norm zero: they have "
-            "no direction and will not move; initialize them or use sphere=None for them",
-            stacklevel=6,
+            "no direction and will not move; initialize them or use sphere=None for them"
         )
     return radius
 

@@ -86,15 +86,17 @@ class SphereOptimizer(Optimizer, ABC):
 
     Args:
         params: Parameters, named parameters, or groups, as for any ``torch.optim`` optimizer.
-            Groups may carry ``sphere``, ``joint``, ``kind``, ``move``, ``radius``, ``transport``.
+            Groups may carry ``sphere``, ``joint``, ``kind``, ``move``, ``radius``, ``transport``,
+            ``rounding``.
             Rows that no piece of a ``sphere`` covers move by the direction times lr, as in torch,
             with the buffers (float32 or wider) and the ``weight_decay`` of the group.
         defaults: Options of groups that do not set their own; sphere options left out take the
             values they have in :class:`sphereopt.SphereSGD`.
 
     Notes:
-        ``step()`` never writes to ``p.grad``, updates storage in place and makes no host sync
-        (but one, at the first step, to see whether any weight is zero). State is torch's, plus
+        ``step()`` never writes to ``p.grad``, updates storage in place and makes no host sync (but
+        one at the first step, to see whether any weight is zero, and in bf16 and fp16 some to see
+        whether steps are lost, at powers of two until one is). State is torch's, plus
         ``radius`` and, under ``radius="free"``, ``virtual_radius``: one number per sphere.
 
     References:

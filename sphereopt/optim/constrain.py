@@ -15,7 +15,6 @@ tangent, what it made of the weights is scaled back to their norms, its momentum
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, NoReturn
@@ -26,6 +25,7 @@ from torch.optim.optimizer import Optimizer
 
 from sphereopt.geometry import TRANSPORTS
 from sphereopt.optim._held import Bunch, Held, Specs, bunches, by_groups, find, pulled
+from sphereopt.optim._warn import warn_user
 from sphereopt.optim.base import SphereOptimizer
 
 __all__ = ["FIRST_MOMENTS", "Constraint", "constrain"]
@@ -204,11 +204,10 @@ class Constraint:
             radius = held.norm()
             zero = int((radius == 0).sum())
             if zero:
-                warnings.warn(
+                warn_user(
                     f"parameter {held.name!r} of shape {tuple(held.params[0].shape)} has {zero} of "
                     f"{radius.numel()} spheres of norm zero: they have no direction and will not "
-                    "move; initialize them or leave them out of the spheres",
-                    stacklevel=4,
+                    "move; initialize them or leave them out of the spheres"
                 )
             self.radius[held.name] = radius
         self._held += found

@@ -8,7 +8,6 @@ place; half precision is widened before it and rounded once after it.
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import zip_longest
@@ -21,6 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from sphereopt import spheres
 from sphereopt.optim._checks import parameter_name
 from sphereopt.optim._state import SphereError, load_checked
+from sphereopt.optim._warn import warn_user
 from sphereopt.optim.literature._views import norm, on_spheres
 
 __all__ = ["Group", "LiteratureOptimizer", "State"]
@@ -206,11 +206,10 @@ class LiteratureOptimizer(Optimizer, ABC):
 def _measure(w: Tensor, sphere: str, name: str) -> Tensor:
     radius = torch.cat([norm(x).flatten() for (x,) in on_spheres(sphere, [w])])
     if bool((radius == 0).any()):
-        warnings.warn(
+        warn_user(
             f"parameter {name!r} of shape {tuple(w.shape)} has {int((radius == 0).sum())} of "
             f"{radius.numel()} spheres of norm zero, and a norm that is kept at zero never moves: "
-            "initialize them or use sphere=None for them",
-            stacklevel=5,
+            "initialize them or use sphere=None for them"
         )
     return radius
 

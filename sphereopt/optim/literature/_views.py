@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sphereopt import spheres
+from sphereopt.moves import _divide as divide
 
 __all__ = [
     "buffers",
@@ -89,12 +90,6 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 def norm(x: Tensor) -> Tensor:
     """Return the norms of the spheres of a view ``(k, ...)``, shape ``(k, 1, ...)``."""
     return dot(x, x).sqrt()
-
-
-def divide(x: Tensor, y: Tensor) -> Tensor:
-    """Return x / y, and zero where y is zero."""
-    zero = y == 0
-    return (x / y.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
 def tangent(x: Tensor, y: Tensor) -> Tensor:
