@@ -48,7 +48,7 @@ def test_adamw_angle_at_equilibrium():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 def test_sgd_relaxes_in_the_predicted_time(momentum):
-    lr, decay = 0.1, 0.02
+    lr, decay = 0.1, (0.02 if momentum == 0 else 0.01)
     time = equilibrium("sgd", lr=lr, weight_decay=decay, momentum=momentum).relaxation
     w = nn.Parameter(torch.randn(64, 256, dtype=torch.float64))
     settled = torch.optim.SGD([w], lr=lr, momentum=momentum, weight_decay=decay)
@@ -65,9 +65,12 @@ def test_sgd_relaxes_in_the_predicted_time(momentum):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.1, "weight_decay": 0.0}, "weight_decay=0.0 must be positive"),
-        ({"lr": -1.0, "weight_decay": 0.1}, "lr=-1.0 and"),
-        ({"lr": 0.1, "weight_decay": 0.1, "momentum": 1.0}, r"momentum=1.0 and .* in \[0, 1\)"),
+        ({"lr": 0.1, "weight_decay": 0.0}, "weight_decay=0.0 must be over 0"),
+        ({"lr": -1.0, "weight_decay": 0.1}, "lr=-1.0 must be over 0"),
+        (
+            {"lr": 0.1, "weight_decay": 0.1, "momentum": 1.0},
+            "momentum=1.0 must be 0 or more, and below 1",
+        ),
     ],
 )
 def test_out_of_range_values_are_refused(options, message):
@@ -76,5 +79,5 @@ def test_out_of_range_values_are_refused(options, message):
 
 
 def test_unknown_optimizers_are_refused():
-    with pytest.raises(ValueError, match="optimizer='lamb' is none of 'sgd', 'adamw'"):
+    with pytest.raises(ValueError, match="optimizer='lamb' must be one of sgd, sgdw"):
         equilibrium("lamb", lr=0.1, weight_decay=0.1)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from sphereopt.theory import equilibrium
+from sphereopt.theory.errors import LARGEST
 
 __all__ = ["DTYPES", "MOMENTUM", "Config", "OptionError", "learning_rate", "predicted_angle"]
 
@@ -85,9 +86,12 @@ class Config:
             raise OptionError("seed", self.seed, "must be below 2**63")
         for option in ("lr", "weight_decay"):
             value = getattr(self, option)
-            if not (value > 0 and math.isfinite(value)):
+            if not 0 < value < LARGEST:
                 raise OptionError(
-                    option, value, "must be positive: without it there is no equilibrium to compare"
+                    option,
+                    value,
+                    f"must be over 0, and below {LARGEST:g}: without it there is no equilibrium "
+                    "to compare",
                 )
         if not (0 < self.norm_eps < math.inf):
             raise OptionError("norm_eps", self.norm_eps, "must be positive; use a small one")
@@ -121,7 +125,7 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def predicted_angle(step: int, config: Config) -> float:
-    r"""Return the equilibrium angle at a step, :math:`\sqrt{2\,lr_t\lambda/(1+\mu)}`.
+    r"""Return the equilibrium angle at a step, :math:`\arccos(1 - lr_t\lambda/(1+\mu))`.
 
     Args:
         step: Steps made before, from 0.
