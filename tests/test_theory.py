@@ -65,11 +65,11 @@ def test_sgd_relaxes_in_the_predicted_time(momentum):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.1, "weight_decay": 0.0}, "weight_decay=0.0 must be over 0"),
-        ({"lr": -1.0, "weight_decay": 0.1}, "lr=-1.0 must be over 0"),
+        ({"lr": 0.1, "weight_decay": 0.0}, "weight_decay=0.0 must be positive"),
+        ({"lr": -1.0, "weight_decay": 0.1}, "lr=-1.0 must be positive"),
         (
             {"lr": 0.1, "weight_decay": 0.1, "momentum": 1.0},
-            "momentum=1.0 must be 0 or more, and below 1",
+            "momentum=1.0 must be 0 or more and below 1",
         ),
     ],
 )

@@ -213,7 +213,7 @@ def test_jsonl_of_an_earlier_run_is_replaced(tmp_path):
 
 
 def test_divergence_says_where(tmp_path):
-    with pytest.raises(DivergedError, match=r"arm \(a\) is (nan|inf) at step \d+.*smaller lr"):
+    with pytest.raises(DivergedError, match=r"arm \([ab]\) is (nan|inf) at step \d+.*smaller lr"):
         train(Config(steps=30, lr=1e49, weight_decay=1e-59), tmp_path)
     read_jsonl(tmp_path / "sgd.jsonl")  # what was logged is still JSON
 

@@ -39,8 +39,8 @@ def number(
     except (TypeError, ValueError):
         raise OutOfRangeError(name, value, "must be a number") from None
     if not (low <= result < below and result > above):
-        least = f"over {above:g}" if above > low else f"{low:g} or more"
-        raise OutOfRangeError(name, value, f"must be {least}, and below {below:g}")
+        least = "positive" if above == 0 else f"{low:g} or more"
+        raise OutOfRangeError(name, value, f"must be {least} and below {below:g}")
     return result
 
 

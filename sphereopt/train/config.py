@@ -90,7 +90,7 @@ class Config:
                 raise OptionError(
                     option,
                     value,
-                    f"must be over 0, and below {LARGEST:g}: without it there is no equilibrium "
+                    f"must be positive and below {LARGEST:g}: without it there is no equilibrium "
                     "to compare",
                 )
         if not (0 < self.norm_eps < math.inf):
