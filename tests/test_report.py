@@ -176,12 +176,14 @@ def test_verdict_says_when_free_parts(results):
 
 @pytest.mark.parametrize(
     ("factor", "holds", "word"),
-    [(1.0, True, "as fast as predicted"), (0.8, False, "slower"), (1.3, False, "faster")],
+    [(1.0, True, "as fast as calculated"), (0.8, False, "slower"), (1.3, False, "faster")],
 )
 def test_verdict_on_the_angle(results, factor, holds, word):
     other = deepcopy(results)
-    sgd = other["arms"]["sgd"]
-    sgd["angle"] = factor * sgd["predicted_angle"]
+    half = other["config"]["steps"] // 2
+    for point in other["forecast"]:
+        point["angle"] = 0.02 if point["step"] > half else 7.0  # the first half does not count
+    other["arms"]["sgd"]["angle"] = factor * 0.02
     finding = report.verdict(other)[1]
     assert finding.holds is holds
     assert word in finding.headline
@@ -230,6 +232,7 @@ def test_drawing_changes_nothing_global(results, rows, name):
 def test_norm_figure_draws_the_numbers(results):
     lines = {line.get_label(): line for line in figures.norms(results).axes[0].lines}
     assert set(lines) == {
+        "calculated for (a)",
         "(a) stored norm",
         "(b) virtual radius",
         "(b) stored norm",

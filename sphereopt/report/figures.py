@@ -29,9 +29,10 @@ def norms(results: Results) -> Figure:
         results: A comparison run's results.
 
     Returns:
-        Medians over all spheres, with the quartiles as a band.
+        Medians over all spheres, with the quartiles as a band, and the calculator's for (a).
     """
     figure, axes = _axes("norm of a sphere")
+    _calculated(axes, results, "norm")
     for name, arm in results["arms"].items():
         steps = [point["step"] for point in arm["norms"]]
         kinds = ("believed", "stored") if name == "free" else ("stored",)
@@ -51,7 +52,7 @@ def norms(results: Results) -> Figure:
 
 
 def angles(results: Results) -> Figure:
-    """Draw how far the weights turn in a step, and the equilibrium angle.
+    """Draw how far the weights turn in a step, the calculator's angle and that at equilibrium.
 
     Args:
         results: A comparison run's results.
@@ -60,8 +61,9 @@ def angles(results: Results) -> Figure:
         Means over all spheres at the logged steps.
     """
     figure, axes = _axes("angle per step (rad)")
+    _calculated(axes, results, "angle")
     # Broad and pale, so that an arm that turns exactly so can be seen on it.
-    label = "predicted for (a)"
+    label = "at equilibrium"
     axes.plot(*_columns(results["predicted"]), color=INK, linewidth=6, alpha=0.3, label=label)
     warm_up = results["config"]["steps"] / 20
     top = max(value for _, value in results["predicted"])
@@ -179,6 +181,13 @@ def _axes(ylabel: str) -> tuple[Figure, Axes]:
         spine.set_color(GRID)
     axes.margins(x=0.02)
     return figure, axes
+
+
+def _calculated(axes: Axes, results: Results, what: str) -> None:
+    """Draw what the calculator says of (a)."""
+    steps = [point["step"] for point in results["forecast"]]
+    values = [point[what] for point in results["forecast"]]
+    axes.plot(steps, values, label="calculated for (a)", color=INK, linewidth=1.2, zorder=3)
 
 
 def _finished(figure: Figure, axes: Axes) -> Figure:

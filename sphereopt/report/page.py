@@ -93,7 +93,8 @@ def _sphere_figures(results: Results, rows: Rows) -> list[tuple[str, Any, str, s
             "Norms of the spheres against steps",
             f"Median norm of the {count} spheres; the bands hold half of them. The virtual radius "
             f"of (b) {'lies on' if same else 'leaves'} the norm of (a). What (b) and (c) store "
-            "stays where it began.",
+            "stays where it began. Calculated: the growth law and weight decay, step by step, from "
+            "(a)'s initial norms and the size of its gradients.",
         ),
         (
             "layers",
@@ -104,9 +105,11 @@ def _sphere_figures(results: Results, rows: Rows) -> list[tuple[str, Any, str, s
         (
             "angles",
             figures.angles(results),
-            "Angle per step against steps, with the predicted equilibrium",
-            "How far a sphere turns in a step, mean over all spheres, at every logged step. The "
-            "first steps, before the norms of (a) have grown, may leave the frame.",
+            "Angle per step against steps, as measured, calculated, and at equilibrium",
+            "How far a sphere turns in a step, mean over all spheres, at every logged step. Broad: "
+            "where it would be had the norms settled at each learning rate; thin: calculated with "
+            "the norms that follow late. The first steps, before the norms of (a) have grown, may "
+            "leave the frame.",
         ),
     ]
 

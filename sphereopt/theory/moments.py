@@ -67,7 +67,8 @@ class Walk:
     @property
     def angle(self) -> Array:
         """Angle between the weights before and after each step, in radians."""
-        return np.arctan2(np.sqrt(self.across), self.ahead)
+        # Where gradients are nothing, what is left is the rounding of a difference.
+        return np.arctan2(np.sqrt(np.maximum(self.across, 0.0)), self.ahead)
 
 
 def steps(rule: Rule, lr: Array, weight_decay: Array, dim: int, count: Array) -> Steps:

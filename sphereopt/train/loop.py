@@ -25,6 +25,7 @@ from sphereopt.monitor import read_jsonl, track
 from sphereopt.train.arms import ARMS, Arm, set_lr
 from sphereopt.train.config import FLOOR, MOMENTUM, SMOOTHING, Config, OptionError, predicted_angle
 from sphereopt.train.data import Dataset, load
+from sphereopt.train.forecast import ForecastPoint, forecast
 from sphereopt.train.model import WIDTHS, build_model
 from sphereopt.train.results import (
     ArmResult,
@@ -66,11 +67,12 @@ class _Race:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one arm measured: its result, and the norms of every sphere at the logged steps."""
+    """What one arm measured, and of every sphere at the logged steps: norms, size of gradients."""
 
     result: ArmResult
     believed: Tensor
     stored: Tensor
+    grad_norms: Tensor
 
 
 def check_batch_size(config: Config, data: Dataset) -> None:
@@ -133,6 +135,7 @@ def train(
         spheres=_layers(race.report),
         sphere_count=first.stored.shape[1],
         predicted=_predicted(race),
+        forecast=_forecast(race, first),
         log_every=race.log_every,
         curve_images=race.curve_images,
         arms={name: _compared(run, first) for name, run in runs.items()},
@@ -212,12 +215,14 @@ class _Log:
         self.losses: list[float] = []
         self.curve = [(0, _accuracy(model, race, race.curve_images))]
         self.norms = [(0, *_norms(optimizer))]
+        self.grad_norms: list[Tensor] = []
 
     def add(self, step: int, loss: float) -> None:
         """Note what there is to note after a step."""
         self.losses.append(loss)
         if step % self.race.log_every == 0:
             self.norms.append((step, *_norms(self.optimizer)))
+            self.grad_norms.append(_grad_norms(self.optimizer))
         if step % self.race.curve_every == 0:
             self.curve.append((step, _accuracy(self.model, self.race, self.race.curve_images)))
 
@@ -242,13 +247,19 @@ class _Log:
             angles=angles,
             seconds=seconds,
         )
-        return _Run(result, believed, stored)
+        return _Run(result, believed, stored, torch.stack(self.grad_norms))
 
 
 def _predicted(race: _Race) -> list[tuple[int, float]]:
     """Return the predicted angle at every logged step."""
     steps = range(race.log_every, race.config.steps + 1, race.log_every)
     return [(step, predicted_angle(step - 1, race.config)) for step in steps]
+
+
+def _forecast(race: _Race, first: _Run) -> list[ForecastPoint]:
+    """Return what the calculator says of the first arm at every logged step."""
+    steps = [point.step for point in first.result.norms[1:]]
+    return forecast(race.config, first.stored[0], steps, first.grad_norms)
 
 
 def _step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> float:
@@ -296,6 +307,21 @@ def _norms(optimizer: Optimizer) -> tuple[Tensor, Tensor]:
             radius = optimizer.state[p].get("virtual_radius", stored[-1])
             believed.append(radius.to(torch.float64).clone())
     return torch.cat(believed), torch.cat(stored)
+
+
+@torch.no_grad()
+def _grad_norms(optimizer: Optimizer) -> Tensor:
+    """Return norm of the gradient times norm of the weights for every sphere, in float64."""
+    sizes = []
+    for group in optimizer.param_groups:
+        if group["sphere"] is None:
+            continue
+        for p in group["params"]:
+            pair = (p, torch.zeros_like(p) if p.grad is None else p.grad)
+            views = [spheres.view(x, group["sphere"]).flatten(1) for x in pair]
+            norms = [view.to(torch.float64).norm(dim=1) for view in views]
+            sizes.append(norms[0] * norms[1])
+    return torch.cat(sizes)
 
 
 def _points(steps: Sequence[int], believed: Tensor, stored: Tensor) -> list[NormPoint]:

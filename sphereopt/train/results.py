@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sphereopt.train.config import Config
+from sphereopt.train.forecast import ForecastPoint
 
 __all__ = ["ArmResult", "NormPoint", "Quartiles", "Results", "mean_angles", "second_half"]
 
@@ -84,6 +85,8 @@ class Results:
         spheres: Parameter name to sphere spec, as ``find_spheres`` found them.
         sphere_count: Number of spheres.
         predicted: (step, equilibrium angle of the first arm), at every logged step.
+        forecast: Norm and angle of the first arm as the calculator has them from its initial norms
+            and gradient norms, at every logged step.
         log_every: Steps between two rows of the JSONL files.
         curve_images: Test images behind each point of the accuracy curves.
         arms: Name to result, in the order of the arms.
@@ -97,6 +100,7 @@ class Results:
     spheres: Mapping[str, str]
     sphere_count: int
     predicted: Sequence[tuple[int, float]]
+    forecast: Sequence[ForecastPoint]
     log_every: int
     curve_images: int
     arms: Mapping[str, ArmResult]
