@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def played(scheduler: Any, steps: int) -> list[dict[str, Array]]:
     """
     whole("steps", steps, low=1)
     optimizer = scheduler.optimizer
-    if not hasattr(scheduler, "get_lr") and not hasattr(scheduler, "_schedulers"):
+    if "metrics" in inspect.signature(scheduler.step).parameters:
         raise OutOfRangeError(
             "lr", type(scheduler).__name__, "follows a metric and cannot be played ahead"
         )
