@@ -29,7 +29,8 @@ class SphereLion(SphereOptimizer):
     Args:
         params: Parameters, named parameters or groups; see :func:`sphereopt.param_groups`.
         lr: On spheres, with the default move ``"rotate"``: the angle every sphere turns, in
-            radians per step. Elsewhere, and with ``"retract"``, ``"exp"`` or ``"renorm"``: Lion's
+            radians per step; :func:`sphereopt.theory.sphere_lr` gives that of a run of yours.
+            Elsewhere, and with ``"retract"``, ``"exp"`` or ``"renorm"``: Lion's
             own lr, the length of the step of every entry.
         betas: Weight of the momentum in the direction, and decay of the momentum.
         weight_decay: Decoupled; for ordinary groups, and under ``radius="free"``.

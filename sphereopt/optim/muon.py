@@ -84,7 +84,8 @@ class SphereMuon(SphereOptimizer):
     Args:
         params: Parameters, named parameters or groups; see :func:`sphereopt.param_groups`.
         lr: On spheres, with the default move ``"rotate"``: the angle every sphere turns, in
-            radians per step. Elsewhere, and with ``"retract"``, ``"exp"`` or ``"renorm"``:
+            radians per step; :func:`sphereopt.theory.sphere_lr` gives that of a run of yours.
+            Elsewhere, and with ``"retract"``, ``"exp"`` or ``"renorm"``:
             Muon's own lr; there the fallback has the unit of AdamW's, so give its groups their
             own, or use ``adjust_lr_fn="match_rms_adamw"``.
         weight_decay: Decoupled; for ordinary groups, and under ``radius="free"``.

@@ -31,8 +31,9 @@ class SphereSGD(SphereOptimizer):
         params: Parameters, named parameters or groups; see :func:`sphereopt.param_groups`.
         lr: Learning rate, in SGD's unit: a step turns a sphere by
             :math:`\operatorname{atan}(lr\,|u|/r)` radians. With ``move="rotate"`` or
-            ``"hyperball"`` it is the angle itself, in radians per step. For ordinary groups and
-            rows always SGD's.
+            ``"hyperball"`` it is the angle itself, in radians per step;
+            :func:`sphereopt.theory.sphere_lr` gives that of a run of yours. For ordinary groups
+            and rows always SGD's.
         momentum: Momentum factor :math:`\mu`.
         dampening: Dampening :math:`\tau` of the momentum, from the second step on.
         weight_decay: L2 coefficient, for ordinary groups and under ``radius="free"``.
