@@ -69,8 +69,8 @@ class SphereAdam(SphereOptimizer):
         params: Parameters, named parameters or groups; see :func:`sphereopt.param_groups`.
         lr: For ordinary groups and rows as in torch. On spheres, with the default move
             ``"rotate"``: the angle every sphere turns, in radians per step, whatever its size;
-            :func:`sphereopt.theory.sphere_lr` gives that of a run of yours. With ``"retract"``, ``"exp"`` or ``"renorm"``: Adam's own lr, the angle is about
-            ``lr*|u|/r``.
+            :func:`sphereopt.theory.sphere_lr` gives that of a run of yours. With ``"retract"``,
+            ``"exp"`` or ``"renorm"``: Adam's own lr, the angle is about ``lr*|u|/r``.
         betas: Decay of the first and second moments.
         eps: Added to the root of the second moment, as in torch: after bias correction, in the
             units of the gradient at the stored norm (under ``radius="free"`` at the plain norm).
