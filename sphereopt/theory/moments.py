@@ -85,7 +85,7 @@ def steps(rule: Rule, lr: Array, weight_decay: Array, dim: int, count: Array) ->
         Arrays of shape (n,).
     """
     zero = np.zeros_like(lr)
-    shrink, added = (zero, weight_decay) if rule.coupled else (lr * weight_decay, zero)
+    shrink, added = (zero, weight_decay.copy()) if rule.coupled else (lr * weight_decay, zero)
     if isinstance(rule.scale, SecondMoment):
         return Steps(shrink, added, *_by_second_moment(rule, rule.scale, lr, dim, count), zero)
     if isinstance(rule.scale, Shape):
@@ -133,6 +133,15 @@ def _by_second_moment(
     return scale, moment.eps * np.sqrt(dim * second), lr**2 * dim * update * (power - gain)
 
 
+def _uneven(grad: float, decay: float) -> float:
+    r"""Return how much less L2 pulls because the largest weights have the largest divisor.
+
+    For Gaussian weights :math:`E[w_i^2/\sqrt{g^2 + \lambda^2w_i^2}]` is, to first order in
+    :math:`\lambda^2`, as if the decay's share of the second moment were three times its mean.
+    """
+    return math.sqrt((grad + decay) / (grad + 3 * decay))
+
+
 def walk(rule: Rule, steps: Steps, grad_squares: Array, start: float) -> Walk:
     r"""Run the recursion from an empty buffer.
 
@@ -149,8 +158,9 @@ def walk(rule: Rule, steps: Steps, grad_squares: Array, start: float) -> Walk:
     beta, gain, carry, fresh = f.decay, f.gain, f.carry, f.fresh
     b2 = scale.beta if isinstance(scale, SecondMoment) else 0.0
     shaped, divided = isinstance(scale, Shape), isinstance(scale, SecondMoment)
+    new, kept, root = 1 - b2, gain * gain, math.sqrt
     r, c, m, v = start, 0.0, 0.0, 0.0
-    squares, ahead, across = [], [], []
+    squares, inner, across = [], [], []
     columns: list[Sequence[float]] = [
         x.tolist()
         for x in (steps.shrink, steps.added, steps.scale, steps.eps, steps.noise, steps.tail)
@@ -161,10 +171,12 @@ def walk(rule: Rule, steps: Steps, grad_squares: Array, start: float) -> Walk:
     ):
         g2 /= r
         if divided:
-            v = b2 * v + (1 - b2) * (g2 + added * added * r)
-            size /= math.sqrt(v) + eps
+            v = b2 * v + new * (g2 + added * added * r)
+            size /= root(v) + eps
+            if added:
+                added *= _uneven(g2, added * added * r)
         elif shaped:
-            size /= math.sqrt(carry * carry * m + fresh * fresh * g2)
+            size /= root(carry * carry * m + fresh * fresh * g2)
         p, q, b = size * carry, size * fresh, gain * added
         a = 1 - shrink - q * added
         back = p * c - tail
@@ -172,12 +184,14 @@ def walk(rule: Rule, steps: Steps, grad_squares: Array, start: float) -> Walk:
         side = p * p * m + q * q * g2 + noise - back * back / r
         wm, mm = b * r + beta * c, b * c + beta * m
         c = a * wm - p * mm - q * gain * g2
-        m = b * wm + beta * mm + gain * gain * g2
-        ahead.append(along / math.sqrt(r))
+        m = b * wm + beta * mm + kept * g2
+        inner.append(along)
         across.append(side)
         r = along * along / r + side
         squares.append(r)
-    return Walk(np.array(squares), np.array(ahead), np.array(across))
+    after = np.array(squares)
+    before = np.concatenate([[start], after[:-1]])
+    return Walk(after, np.array(inner) / np.sqrt(before), np.array(across))
 
 
 @dataclass(frozen=True)
@@ -241,6 +255,7 @@ class _Balance:
         size = float(steps.scale[0])
         if isinstance(rule.scale, SecondMoment):
             size /= math.sqrt(grad + added**2 * square) + float(steps.eps[0])
+            added *= _uneven(grad, added**2 * square)
         elif isinstance(rule.scale, Shape):
             buffer = f.gain**2 * grad / (1 - f.decay**2)
             size /= math.sqrt(f.carry**2 * buffer + f.fresh**2 * grad)

@@ -29,6 +29,8 @@ Array = NDArray[np.float64]
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _NODES = 4096
+#: Singular values repel each other, so that few are near the jump of the sign: less is lost.
+_CUBIC = 0.3
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,28 @@ class Shape:
         power: :math:`U^2`, the squared norm of an update; per weight if ``per_weight``.
         share: :math:`p_1`, the linear share of the power.
         per_weight: Whether ``power`` is to be multiplied by the number of weights.
+        cubic: How much of what is not linear goes as :math:`\rho^3`.
     """
 
     power: float
     share: float
     per_weight: bool = False
+    cubic: float = 0.0
 
     def overlap(self, rho: Array) -> Array:
         r"""Return :math:`f(\rho)`: correlation of updates made of buffers with correlation rho.
 
-        .. math:: f(\rho) = p_1\rho + (1 - p_1)\,\frac{\arcsin\rho - \rho}{\pi/2 - 1}
+        .. math::
+            f(\rho) = p_1\rho + (1 - p_1)\left[(1 - c)\frac{\arcsin\rho - \rho}{\pi/2 - 1}
+                + c\,\rho^3\right]
 
         Notes:
-            *Source*: exact for the sign of Gaussians (van Vleck's arcsine law). For
-            orthogonalization :math:`p_1` is that of the matrix's shape and the rest is shared out
-            over the odd powers as for the sign, which is its 1 x 1 case.
+            *Source*: exact for the sign of Gaussians, where :math:`c = 0` (van Vleck's arcsine
+            law). For orthogonalization :math:`p_1` is that of the matrix's shape; :math:`c` is
+            fitted, and the overlap within 0.02 of that of torch's iteration.
         """
-        bent: Array = (np.arcsin(rho) - rho) / (math.pi / 2 - 1)
-        return self.share * rho + (1 - self.share) * bent
+        bent: Array = (1 - self.cubic) * (np.arcsin(rho) - rho) / (math.pi / 2 - 1)
+        return self.share * rho + (1 - self.share) * (bent + self.cubic * rho**3)
 
     def tail(self, first: float, decay: float) -> float:
         r"""Return :math:`\sum_k f(\rho_k) - p_1\rho_k` for :math:`\rho_k = first\cdot decay^{k-1}`.
@@ -124,4 +130,4 @@ def newton_schulz(rows: int, columns: int, ratio: float = 1.0) -> Shape:
         made = made * (a + square * (b + c * square))
     power = float(np.sum(weight * made**2))
     share = float(np.sum(weight * made * sigma) ** 2 / (power * np.sum(weight * sigma**2)))
-    return Shape(ratio**2 * small * power, share)
+    return Shape(ratio**2 * small * power, share, cubic=_CUBIC)

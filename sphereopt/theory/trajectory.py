@@ -149,8 +149,9 @@ def trajectory(
     rate, decay, squares = _arrays(made, lr, weight_decay, grad_norm, steps)
     start = _start(made, dim, norm0, rms0)
     need = per_step(made, rate, decay, dim or 1, np.arange(1.0, len(rate) + 1))
-    if np.any(need.shrink >= 1):
-        t = int(np.argmax(need.shrink))
+    lost = need.shrink + made.filter.fresh * rate * need.added
+    if np.any(lost >= 1):
+        t = int(np.argmax(lost))
         raise OutOfRangeError("lr", rate[t], f"times weight_decay={decay[t]!r} must be below 1")
     if made.dampened:
         # The first gradient enters the buffer undampened.

@@ -46,8 +46,8 @@ def warnings_at(
     if isinstance(rule.scale, SecondMoment):
         if rate > 0.1 * (1 - rule.scale.beta):
             result.append(
-                "second moment: the norm would settle faster than 10/(1 - beta2) steps, so it "
-                "overshoots; trajectory() follows it, relaxation does not"
+                "second moment: the norm would settle faster than 10/(1 - beta2) steps, but "
+                "must wait for it; trajectory() follows that, relaxation does not"
             )
         if grad_rms is not None and rule.scale.eps > 0.01 * grad_rms:
             result.append(
