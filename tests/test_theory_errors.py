@@ -131,6 +131,14 @@ def about(words, optimizer, **options):
             {"lr": 1e-3, "weight_decay": 0.01, "dim": 100, "grad_norm": 10.0, "eps": 0.0044},
             {"lr": 1e-3, "weight_decay": 0.01, "dim": 100, "grad_norm": 10.0, "eps": 0.0046},
         ),
+        # The decay is sqrt(kappa/2) of the gradient at equilibrium, and kappa about
+        # (2 lr^2 weight_decay dim / grad_norm)^(2/3) / 2.
+        (
+            "L2: the decay is 5% of the gradient",
+            "adam",
+            {"lr": 1e-2, "weight_decay": 0.046, "dim": 100, "grad_norm": 1.0},
+            {"lr": 1e-2, "weight_decay": 0.049, "dim": 100, "grad_norm": 1.0},
+        ),
         # Half of a unit in the last place is 2**-8 of a weight at most.
         (
             "bfloat16: multiplying weights by 1 - 0.0039 changes nothing",

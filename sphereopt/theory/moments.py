@@ -13,7 +13,8 @@ moment, sign and orthogonalization are such a number (Bussgang), plus noise of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ from sphereopt.theory.shapes import Shape
 __all__ = ["Array", "Stationary", "Steps", "Walk", "stationary", "steps", "walk"]
 
 Array = NDArray[np.float64]
+
+_STRETCH = 65_536
 
 
 @dataclass(frozen=True)
@@ -160,15 +163,9 @@ def walk(rule: Rule, steps: Steps, grad_squares: Array, start: float) -> Walk:
     shaped, divided = isinstance(scale, Shape), isinstance(scale, SecondMoment)
     new, kept, root = 1 - b2, gain * gain, math.sqrt
     r, c, m, v = start, 0.0, 0.0, 0.0
-    squares, inner, across = [], [], []
-    columns: list[Sequence[float]] = [
-        x.tolist()
-        for x in (steps.shrink, steps.added, steps.scale, steps.eps, steps.noise, steps.tail)
-    ]
+    squares, inner, across = array("d"), array("d"), array("d")
     # Plain floats in one loop: numpy's call overhead would make it ten times slower.
-    for shrink, added, size, eps, noise, tail, g2 in zip(
-        *columns, grad_squares.tolist(), strict=True
-    ):
+    for shrink, added, size, eps, noise, tail, g2 in _rows(steps, grad_squares):
         g2 /= r
         if divided:
             v = b2 * v + new * (g2 + added * added * r)
@@ -192,6 +189,14 @@ def walk(rule: Rule, steps: Steps, grad_squares: Array, start: float) -> Walk:
     after = np.array(squares)
     before = np.concatenate([[start], after[:-1]])
     return Walk(after, np.array(inner) / np.sqrt(before), np.array(across))
+
+
+def _rows(steps: Steps, grad_squares: Array) -> Iterator[tuple[float, ...]]:
+    """Yield the numbers of each step; a stretch at a time, for lists of floats are large."""
+    columns = (steps.shrink, steps.added, steps.scale, steps.eps, steps.noise, steps.tail)
+    for at in range(0, len(grad_squares), _STRETCH):
+        part = slice(at, at + _STRETCH)
+        yield from zip(*(x[part].tolist() for x in (*columns, grad_squares)), strict=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sphereopt.theory.moments import Stationary
 from sphereopt.theory.rules import Rule, SecondMoment
 
@@ -44,6 +46,12 @@ def warnings_at(
             "noise does not average out; take the numbers as rough"
         )
     if isinstance(rule.scale, SecondMoment):
+        # At equilibrium the decay is half of the diffusive angle of the gradient.
+        if rule.coupled and found.forgetting > 0.005:
+            result.append(
+                f"L2: the decay is {math.sqrt(found.forgetting / 2):.0%} of the gradient and part "
+                "of the second moment; far from equilibrium take the angle as rough"
+            )
         if rate > 0.1 * (1 - rule.scale.beta):
             result.append(
                 "second moment: the norm would settle faster than 10/(1 - beta2) steps, but "
