@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sphereopt import cli_audit
+from sphereopt import cli_audit, cli_calc
 
 if TYPE_CHECKING:
     from sphereopt.train import Config, Dataset, Results
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     cli_audit.add_command(commands)
+    cli_calc.add_command(commands)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         args.parser.error(f"unknown arguments {' '.join(unknown)}; see {args.parser.prog} --help")

@@ -41,15 +41,16 @@ class Steps:
             gradient.
         scale: What the filter's output is multiplied by, but for the root in the denominator.
         eps: What is added to that root.
-        noise: Squared norm of what is added to a step as white noise.
-        tail: Inner product of weights and step that the linear part of the step does not explain.
+        power: Squared norm of the step over that of its linear part: the rest is white noise.
+        tail: Inner product of weights and step that the linear part does not explain, over the
+            squared norm of that part.
     """
 
     shrink: Array
     added: Array
     scale: Array
     eps: Array
-    noise: Array
+    power: Array
     tail: Array
 
 
@@ -87,17 +88,17 @@ def steps(rule: Rule, lr: Array, weight_decay: Array, dim: int, count: Array) ->
     Returns:
         Arrays of shape (n,).
     """
-    zero = np.zeros_like(lr)
+    zero, one = np.zeros_like(lr), np.ones_like(lr)
     shrink, added = (zero, weight_decay.copy()) if rule.coupled else (lr * weight_decay, zero)
     if isinstance(rule.scale, SecondMoment):
         return Steps(shrink, added, *_by_second_moment(rule, rule.scale, lr, dim, count), zero)
     if isinstance(rule.scale, Shape):
-        power = rule.scale.power * (dim if rule.scale.per_weight else 1)
-        square = power * lr**2
-        tail = square * rule.scale.tail(_first_correlation(rule), rule.filter.decay)
         share = rule.scale.share
-        return Steps(shrink, added, np.sqrt(share * square), zero, (1 - share) * square, tail)
-    return Steps(shrink, added, lr, zero, zero, zero)
+        linear = share * rule.scale.power * (dim if rule.scale.per_weight else 1)
+        tails = rule.scale.tails(_first_correlation(rule), rule.filter.decay)
+        tail = tails[np.minimum(count, len(tails)).astype(int) - 1] / share
+        return Steps(shrink, added, lr * math.sqrt(linear), zero, one / share, tail)
+    return Steps(shrink, added, lr, zero, one, zero)
 
 
 def _first_correlation(rule: Rule) -> float:
@@ -111,7 +112,7 @@ def _first_correlation(rule: Rule) -> float:
 def _by_second_moment(
     rule: Rule, moment: SecondMoment, lr: Array, dim: int, count: Array
 ) -> tuple[Array, Array, Array]:
-    r"""Return scale, eps and noise of Adam.
+    r"""Return scale, eps and power of Adam.
 
     The quotient of two fluctuating moments is not the quotient of their means: to second order in
     the fluctuation of the second moment, for Gaussian gradients, successive updates correlate as
@@ -131,9 +132,8 @@ def _by_second_moment(
     linear, slow = (1 + b1) / (1 - b1), (1 + b1 * b2) / (1 - b1 * b2)
     total = (power - variance / 4 + shared / 2) * linear + (variance / 4 - shared / 2) * slow
     gain = (total - power) / (linear - 1) if b1 > 0 else power
-    update = (1 - b1) ** 2 / (first**2 * square)
     scale = lr * np.sqrt(dim * gain * second) / first
-    return scale, moment.eps * np.sqrt(dim * second), lr**2 * dim * update * (power - gain)
+    return scale, moment.eps * np.sqrt(dim * second), power / gain
 
 
 def _uneven(grad: float, decay: float) -> float:
@@ -165,7 +165,7 @@ def walk(rule: Rule, steps: Steps, grad_squares: Array, start: float) -> Walk:
     r, c, m, v = start, 0.0, 0.0, 0.0
     squares, inner, across = array("d"), array("d"), array("d")
     # Plain floats in one loop: numpy's call overhead would make it ten times slower.
-    for shrink, added, size, eps, noise, tail, g2 in _rows(steps, grad_squares):
+    for shrink, added, size, eps, power, tail, g2 in _rows(steps, grad_squares):
         g2 /= r
         if divided:
             v = b2 * v + new * (g2 + added * added * r)
@@ -176,9 +176,10 @@ def walk(rule: Rule, steps: Steps, grad_squares: Array, start: float) -> Walk:
             size /= root(carry * carry * m + fresh * fresh * g2)
         p, q, b = size * carry, size * fresh, gain * added
         a = 1 - shrink - q * added
-        back = p * c - tail
+        linear = p * p * m + q * q * g2
+        back = p * c - tail * linear
         along = a * r - back
-        side = p * p * m + q * q * g2 + noise - back * back / r
+        side = power * linear - back * back / r
         wm, mm = b * r + beta * c, b * c + beta * m
         c = a * wm - p * mm - q * gain * g2
         m = b * wm + beta * mm + kept * g2
@@ -193,7 +194,7 @@ def walk(rule: Rule, steps: Steps, grad_squares: Array, start: float) -> Walk:
 
 def _rows(steps: Steps, grad_squares: Array) -> Iterator[tuple[float, ...]]:
     """Yield the numbers of each step; a stretch at a time, for lists of floats are large."""
-    columns = (steps.shrink, steps.added, steps.scale, steps.eps, steps.noise, steps.tail)
+    columns = (steps.shrink, steps.added, steps.scale, steps.eps, steps.power, steps.tail)
     for at in range(0, len(grad_squares), _STRETCH):
         part = slice(at, at + _STRETCH)
         yield from zip(*(x[part].tolist() for x in (*columns, grad_squares)), strict=True)
@@ -249,7 +250,7 @@ class _Balance:
     q: float
     shrink: float
     filter: Filter
-    noise: float
+    power: float
     tail: float
     grad: float
 
@@ -265,9 +266,9 @@ class _Balance:
             buffer = f.gain**2 * grad / (1 - f.decay**2)
             size /= math.sqrt(f.carry**2 * buffer + f.fresh**2 * grad)
         shrink = float(steps.shrink[0]) + size * f.fresh * added
-        noise, tail = float(steps.noise[0]), float(steps.tail[0])
+        power, tail = float(steps.power[0]), float(steps.tail[0])
         p, q = size * f.carry, size * f.fresh
-        return cls(1 - shrink, f.gain * added, p, q, shrink, f, noise, tail, grad)
+        return cls(1 - shrink, f.gain * added, p, q, shrink, f, power, tail, grad)
 
     @property
     def _cross(self) -> tuple[float, float]:
@@ -284,14 +285,16 @@ class _Balance:
         x, y = self._cross
         beta, left = self.filter.decay, 1 - self.filter.decay**2
         p, b = self.p, self.b
+        # What a square of the linear part of the step adds, with what it does through the tail.
+        per = self.power + 2 * self.a * self.tail
         lost = (
             self.shrink * (2 - self.shrink)
             + 2 * self.a * p * x
-            - p * p * b * (b + 2 * beta * x) / left
+            - per * p * p * b * (b + 2 * beta * x) / left
         )
         buffer = (self.filter.gain**2 - 2 * b * beta * y) * self.grad / left
-        fresh = self.q**2 * self.grad + self.noise + 2 * self.a * self.tail
-        return (fresh + 2 * self.a * p * y * self.grad + p * p * buffer) / lost
+        linear = p * p * buffer + self.q**2 * self.grad
+        return (per * linear + 2 * self.a * p * y * self.grad) / lost
 
     def described(self) -> Stationary:
         """Return angle and forgetting."""
@@ -301,8 +304,9 @@ class _Balance:
         m = (self.b**2 * r + 2 * self.b * beta * c + self.filter.gain**2 * self.grad) / (
             1 - beta**2
         )
-        back = self.p * c - self.tail
-        across = self.p**2 * m + self.q**2 * self.grad + self.noise - back**2 / r
+        linear = self.p**2 * m + self.q**2 * self.grad
+        back = self.p * c - self.tail * linear
+        across = self.power * linear - back**2 / r
         ahead = (self.a * r - back) / math.sqrt(r)
         # The roots of the map of (w, m), as their distances k from 1.
         total = 1 - beta + self.shrink

@@ -29,6 +29,8 @@ Array = NDArray[np.float64]
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _NODES = 4096
+#: Up to here the spectrum is far from that of the limit of large matrices.
+_SMALL = 32
 #: Singular values repel each other, so that few are near the jump of the sign: less is lost.
 _CUBIC = 0.3
 
@@ -64,17 +66,25 @@ class Shape:
         bent: Array = (1 - self.cubic) * (np.arcsin(rho) - rho) / (math.pi / 2 - 1)
         return self.share * rho + (1 - self.share) * (bent + self.cubic * rho**3)
 
-    def tail(self, first: float, decay: float) -> float:
-        r"""Return :math:`\sum_k f(\rho_k) - p_1\rho_k` for :math:`\rho_k = first\cdot decay^{k-1}`.
+    def tails(self, first: float, decay: float) -> Array:
+        r"""Return what the powers over one add to the correlation of an update with the past.
 
-        What the powers over one add to the correlation of an update with all that came before it.
+        .. math:: \sum_{k=1}^n f(\rho_k) - p_1\rho_k, \qquad \rho_k = first\cdot decay^{k-1}
+
+        Args:
+            first: Correlation of the buffers of successive updates.
+            decay: By which it falls from lag to lag.
+
+        Returns:
+            The sum over the n last updates, for n from 0 to where no more is added.
         """
         if first <= 0:
-            return 0.0
+            return np.zeros(1)
         # Where rho is below 1e-5 the cube is nothing.
         lags = 1 if decay == 0 else 1 + int(max(0.0, math.log(1e-5 / first) / math.log(decay)))
-        rho = first * decay ** np.arange(lags, dtype=np.float64)
-        return float(np.sum(self.overlap(rho) - self.share * rho))
+        rho = np.minimum(first * decay ** np.arange(lags, dtype=np.float64), 1.0)
+        added: Array = np.cumsum(self.overlap(rho) - self.share * rho)
+        return np.concatenate([np.zeros(1), added])
 
 
 def sign() -> Shape:
@@ -102,7 +112,8 @@ def newton_schulz(rows: int, columns: int, ratio: float = 1.0) -> Shape:
         Power and linear share.
 
     Notes:
-        *Assumes* singular values as in the limit of large matrices (Marchenko-Pastur). The
+        *Assumes* singular values as in the limit of large matrices (Marchenko-Pastur), where
+        the shorter side is over 32; below they are those of a fixed set of random matrices. The
         result is not orthogonal: singular values end between 0.7 and 1.2, small ones below.
 
     References:
@@ -114,15 +125,8 @@ def newton_schulz(rows: int, columns: int, ratio: float = 1.0) -> Shape:
         >>> round(made.power / 256, 2)
         0.91
     """
-    small, large = min(rows, columns), max(rows, columns)
-    aspect = small / large
-    angle = (np.arange(_NODES) + 0.5) * math.pi / _NODES
-    # Squared singular values over the number of the longer side, by the substitution that makes
-    # the density's two roots smooth.
-    squares = 1 + aspect + 2 * math.sqrt(aspect) * np.cos(angle)
-    weight = np.sin(angle) ** 2 / squares
-    weight /= weight.sum()
-    sigma = np.sqrt(squares / (small * np.sum(weight * squares)))
+    small = min(rows, columns)
+    sigma, weight = _singular_values(small, max(rows, columns))
     made = sigma
     a, b, c = _QUINTIC
     for _ in range(_ITERATIONS):
@@ -130,4 +134,32 @@ def newton_schulz(rows: int, columns: int, ratio: float = 1.0) -> Shape:
         made = made * (a + square * (b + c * square))
     power = float(np.sum(weight * made**2))
     share = float(np.sum(weight * made * sigma) ** 2 / (power * np.sum(weight * sigma**2)))
-    return Shape(ratio**2 * small * power, share, cubic=_CUBIC)
+    # A vector is only divided by its norm: nothing is left to be fitted.
+    return Shape(ratio**2 * small * power, share, cubic=_CUBIC if small > 1 else 0.0)
+
+
+def _singular_values(small: int, large: int) -> tuple[Array, Array]:
+    """Return singular values of a Gaussian matrix over its norm, and their probabilities."""
+    if small <= _SMALL:
+        return _sampled(small, large)
+    aspect = small / large
+    angle = (np.arange(_NODES) + 0.5) * math.pi / _NODES
+    # Squared singular values over the number of the longer side, by the substitution that makes
+    # the density's two roots smooth.
+    squares = 1 + aspect + 2 * math.sqrt(aspect) * np.cos(angle)
+    weight = np.sin(angle) ** 2 / squares
+    weight /= weight.sum()
+    return np.sqrt(squares / (small * np.sum(weight * squares))), weight
+
+
+def _sampled(small: int, large: int) -> tuple[Array, Array]:
+    """Return the singular values of a fixed set of random matrices, by Bartlett's decomposition."""
+    random = np.random.default_rng(0)
+    count = math.ceil(4 * _NODES / small)
+    # A Gaussian matrix is a triangular one times an orthogonal one.
+    factor = np.tril(random.standard_normal((count, small, small)), -1)
+    freedom = large - np.arange(small)
+    factor += np.sqrt(random.chisquare(freedom, (count, small)))[..., None] * np.eye(small)
+    sigma = np.linalg.svd(factor, compute_uv=False)
+    sigma /= np.linalg.norm(sigma, axis=1, keepdims=True)
+    return sigma.ravel(), np.full(sigma.size, 1 / sigma.size)
