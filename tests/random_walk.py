@@ -39,8 +39,11 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """What the theory promises: it approximates what sign and Newton-Schulz make of noise."""
-        return 0.02 if self.optimizer in ("lion", "muon") else 0.01
+        """What the theory promises: it approximates what sign and Newton-Schulz make of noise.
+
+        And a large eps: in the first steps it takes most from entries of small gradients.
+        """
+        return 0.02 if self.optimizer in ("lion", "muon") or "eps" in self.hyper else 0.01
 
 
 @dataclass(frozen=True)

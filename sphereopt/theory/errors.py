@@ -40,7 +40,8 @@ def number(
         raise OutOfRangeError(name, value, "must be a number") from None
     if not (low <= result < below and result > above):
         least = "positive" if above == 0 else f"{low:g} or more"
-        raise OutOfRangeError(name, value, f"must be {least} and below {below:g}")
+        most = f"below {below:g}" if below <= result < math.inf or below < LARGEST else "finite"
+        raise OutOfRangeError(name, value, f"must be {least} and {most}")
     return result
 
 

@@ -7,21 +7,19 @@ so that the gradient at :math:`cw` is that at :math:`w` over c.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
 
-from sphereopt.theory.errors import OutOfRangeError, number, whole
+from sphereopt.theory.errors import OutOfRangeError, number
 from sphereopt.theory.moments import Array
 from sphereopt.theory.rules import Hyperparameters, Rule, rule
+from sphereopt.theory.series import Numbers, series
 from sphereopt.theory.settings import Settings
 from sphereopt.theory.validity import DTYPES
 
 __all__ = ["DecayFree", "adamc", "rescaled", "sphere_sgd_lr", "without_weight_decay"]
-
-Numbers = float | Sequence[float] | Array
 
 _LARGEST = {"float64": 1.7e308, "float32": 3.4e38, "bfloat16": 3.3e38, "float16": 65504.0}
 
@@ -104,7 +102,7 @@ def without_weight_decay(
         <DecayFree, 3910 steps, lr grows 50.4 times>
     """
     made = rule(optimizer, hyper)
-    rate, decay = _series(steps, lr=lr, weight_decay=weight_decay)
+    rate, decay = series(steps, lr=lr, weight_decay=weight_decay).values()
     kept = _coupled(made, rate, decay) if made.coupled else np.cumprod(1 - rate * decay)
     shrinkage = np.concatenate([[1.0], kept])
     _check_range(shrinkage, rate, dtype)
@@ -136,26 +134,6 @@ def _coupled(made: Rule, rate: Array, decay: Array) -> Array:
         a -= lr * b
         after.append(a)
     return np.array(after)
-
-
-def _series(steps: int | None, **given: Numbers) -> list[Array]:
-    """Return each argument as one number per step."""
-    arrays = {name: np.asarray(value, float) for name, value in given.items()}
-    for name, x in arrays.items():
-        if x.ndim > 1 or not np.all(np.isfinite(x) & (x >= 0)):
-            raise OutOfRangeError(name, x, "must be one number or one per step, finite, 0 or more")
-    lengths = {x.size for x in arrays.values() if x.ndim}
-    lengths |= {steps} if steps is not None else set()
-    if len(lengths) != 1:
-        counts = sorted(lengths) or "nothing"
-        raise OutOfRangeError(
-            "steps",
-            steps,
-            f"must follow from {', '.join(given)} or be given: one of them needs a number for each "
-            f"step, the others as many or a constant; they say {counts}",
-        )
-    count = whole("steps", lengths.pop(), low=1)
-    return [np.broadcast_to(x, count).copy() for x in arrays.values()]
 
 
 def _check_range(shrinkage: Array, rate: Array, dtype: str) -> None:
@@ -214,12 +192,15 @@ def sphere_sgd_lr(*, lr: Numbers, weight_decay: Numbers, norm0: float, grad_norm
         >>> sphere_sgd_lr(lr=0.1, weight_decay=0.5, norm0=2.0, grad_norm=[4.0, 4.0]).round(5)
         array([0.02632, 0.02884])
     """
-    rate, decay, gradient = _series(None, lr=lr, weight_decay=weight_decay, grad_norm=grad_norm)
+    given = series(None, lr=lr, weight_decay=weight_decay, grad_norm=grad_norm)
+    rate, decay, gradient = given.values()
     square = number("norm0", norm0, above=0) ** 2
     keep = 1 - rate * decay
     if np.any(keep <= 0):
         t = int(np.argmax(keep <= 0))
-        raise OutOfRangeError("lr", rate[t], f"times weight_decay={decay[t]!r} must be below 1")
+        raise OutOfRangeError(
+            "lr", float(rate[t]), f"times weight_decay={decay[t]:g} must be below 1"
+        )
     result = []
     for eta, a, g in zip(rate.tolist(), keep.tolist(), gradient.tolist(), strict=True):
         angular = eta / (a * square)
@@ -310,7 +291,7 @@ def adamc(lr: Numbers, weight_decay: float) -> Array:
         [0.1, 0.05]
     """
     decay = number("weight_decay", weight_decay, low=0)
-    (rate,) = _series(None, lr=lr)
+    (rate,) = series(None, lr=lr).values()
     if not np.any(rate > 0):
         raise OutOfRangeError("lr", 0.0, "must be positive at some step")
     return np.asarray(decay * rate / rate.max(), float)

@@ -25,6 +25,9 @@ from sphereopt.theory.shapes import Shape, newton_schulz, sign
 
 __all__ = ["OPTIMIZERS", "Filter", "Hyperparameters", "Rule", "SecondMoment", "rule"]
 
+#: Of momenta whose correlations are summed lag by lag.
+_LONGEST = 0.99999
+
 
 class Hyperparameters(TypedDict, total=False):
     """What an optimizer takes beside learning rate and weight decay, named as in ``torch.optim``.
@@ -155,18 +158,18 @@ def _adam(name: str, hyper: dict[str, Any]) -> Rule:
 
 
 def _sign(name: str, hyper: dict[str, Any]) -> Rule:
-    mu = number("momentum", hyper.get("momentum", 0.0), low=0, below=1)
+    mu = number("momentum", hyper.get("momentum", 0.0), low=0, below=_LONGEST)
     filter = Filter(mu, 1 - mu, mu, 1 - mu)
     return Rule(name, filter, False, sign(), hyper=hyper)
 
 
 def _lion(name: str, hyper: dict[str, Any]) -> Rule:
-    b1, b2 = _betas(hyper)
+    b1, b2 = _betas(hyper, below=_LONGEST)
     return Rule(name, Filter(b2, 1 - b2, b1, 1 - b1), False, sign(), hyper=hyper)
 
 
 def _muon(name: str, hyper: dict[str, Any]) -> Rule:
-    mu = number("momentum", hyper["momentum"], low=0, below=1)
+    mu = number("momentum", hyper["momentum"], low=0, below=_LONGEST)
     adjust, shape = hyper["adjust_lr_fn"], hyper["shape"]
     if adjust not in ("original", "match_rms_adamw"):
         raise OutOfRangeError("adjust_lr_fn", adjust, "must be original or match_rms_adamw")
@@ -183,12 +186,12 @@ def _muon(name: str, hyper: dict[str, Any]) -> Rule:
     return Rule(name, Filter(mu, 1 - mu, *carry), False, made, dim=rows * columns, hyper=hyper)
 
 
-def _betas(hyper: Mapping[str, Any]) -> tuple[float, float]:
+def _betas(hyper: Mapping[str, Any], below: float = 1) -> tuple[float, float]:
     try:
         b1, b2 = hyper["betas"]
     except (TypeError, ValueError):
         raise OutOfRangeError("betas", hyper["betas"], "must be two numbers in [0, 1)") from None
-    return number("betas", b1, low=0, below=1), number("betas", b2, low=0, below=1)
+    return number("betas", b1, low=0, below=below), number("betas", b2, low=0, below=below)
 
 
 _SGD = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}

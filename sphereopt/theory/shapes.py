@@ -115,6 +115,7 @@ def newton_schulz(rows: int, columns: int, ratio: float = 1.0) -> Shape:
         *Assumes* singular values as in the limit of large matrices (Marchenko-Pastur), where
         the shorter side is over 32; below they are those of a fixed set of random matrices. The
         result is not orthogonal: singular values end between 0.7 and 1.2, small ones below.
+        *Valid when* there are some 16 weights or more.
 
     References:
         Muon: An optimizer for hidden layers in neural networks, Jordan et al., 2024.
@@ -160,6 +161,6 @@ def _sampled(small: int, large: int) -> tuple[Array, Array]:
     factor = np.tril(random.standard_normal((count, small, small)), -1)
     freedom = large - np.arange(small)
     factor += np.sqrt(random.chisquare(freedom, (count, small)))[..., None] * np.eye(small)
-    sigma = np.linalg.svd(factor, compute_uv=False)
+    sigma = np.asarray(np.linalg.svd(factor, compute_uv=False), np.float64)
     sigma /= np.linalg.norm(sigma, axis=1, keepdims=True)
     return sigma.ravel(), np.full(sigma.size, 1 / sigma.size)

@@ -7,7 +7,6 @@ enough to be at equilibrium; so the norm is followed step by step (:mod:`sphereo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -15,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sphereopt.theory.equilibrium import sized
-from sphereopt.theory.errors import OutOfRangeError, number, whole
+from sphereopt.theory.errors import OutOfRangeError, number
 from sphereopt.theory.moments import Array, Steps, stationary, walk
 from sphereopt.theory.moments import steps as per_step
 from sphereopt.theory.played import played
 from sphereopt.theory.rules import Hyperparameters, Rule, rule
+from sphereopt.theory.series import Numbers, series
 
 __all__ = ["Schedule", "Trajectory", "trajectory"]
 
 #: A constant, one number per step, or a torch scheduler (for the learning rate only).
-Schedule = float | Sequence[float] | Array | Any
+Schedule = Numbers | Any
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,9 @@ def trajectory(
     lost = need.shrink + made.filter.fresh * rate * need.added
     if np.any(lost >= 1):
         t = int(np.argmax(lost))
-        raise OutOfRangeError("lr", rate[t], f"times weight_decay={decay[t]!r} must be below 1")
+        raise OutOfRangeError(
+            "lr", float(rate[t]), f"times weight_decay={decay[t]:g} must be below 1"
+        )
     if made.dampened:
         # The first gradient enters the buffer undampened.
         squares[0] /= (1 - made.hyper["dampening"]) ** 2
@@ -193,24 +195,10 @@ def _arrays(
         if steps is None:
             raise OutOfRangeError("steps", None, "must be given with a scheduler")
         lr = played(lr, steps)[0]["lr"]
-    given = {
-        "lr": np.asarray(lr, float),
-        "weight_decay": np.asarray(weight_decay, float),
-        "grad_norm": np.asarray(1.0 if grad_norm is None else grad_norm, float),
-    }
-    for name, x in given.items():
-        if x.ndim > 1 or not np.all(np.isfinite(x) & (x >= 0)):
-            raise OutOfRangeError(name, x, "must be one number or one per step, finite, 0 or more")
-    lengths = {len(x) for x in given.values() if x.ndim} | ({steps} if steps is not None else set())
-    if len(lengths) != 1:
-        raise OutOfRangeError(
-            "steps",
-            steps,
-            "must be given, and lr, weight_decay and grad_norm be constants or of that length; "
-            f"they say {sorted(lengths) or 'nothing'}",
-        )
-    count = whole("steps", lengths.pop(), low=1)
-    rate, decay, norm = (np.broadcast_to(x, count).copy() for x in given.values())
+    given = series(
+        steps, lr=lr, weight_decay=weight_decay, grad_norm=1.0 if grad_norm is None else grad_norm
+    )
+    rate, decay, norm = given.values()
     if not np.all(norm):
         raise OutOfRangeError("grad_norm", 0.0, "must be positive at every step")
     return rate, decay, norm**2
@@ -229,7 +217,7 @@ def _start(made: Rule, dim: int | None, norm0: float | None, rms0: float | None)
     return number("rms0", rms0, above=0) ** 2 * (dim or 1)
 
 
-_GRID = 33
+_GRID, _CUT = 33, 30.0
 
 
 def _equilibria(
@@ -248,7 +236,9 @@ def _equilibria(
     lr, wd = rate[alive], decay[alive]
     place = j * np.log(lr) + i * np.log(wd)
     unit = np.log(lr / wd) / (i + j)
-    grid = np.linspace(place.min(), place.max(), _GRID if np.ptp(place) > 1e-12 else 1)
+    # Below the cut F no longer varies at all.
+    lowest = max(place.min(), place.max() - _CUT)
+    grid = np.linspace(lowest, place.max(), _GRID if place.max() - lowest > 1e-12 else 1)
     # On the grid the ratio of rate and decay is the median one: with eps it matters a little.
     ratio = float(np.median(unit)) * (i + j)
     logs = []
