@@ -287,12 +287,16 @@ def errors(rows: list[dict[str, Any]], key: str) -> tuple[float, float]:
 
 
 def compare(name: str, case: Case, steps: int, seed: int, source: str = "") -> dict[str, Any]:
-    """Return what was measured and predicted at a constant rate and along warm-up and cosine."""
-    constant = np.full(steps, case.lr)
+    """Return what was measured and predicted at a constant rate and along warm-up and cosine.
+
+    The former is three times as long, and measured over the last two thirds: at equilibrium the
+    angle of a single block still fluctuates by some percent for as long as its memory.
+    """
+    constant = np.full(3 * steps, case.lr)
     annealed = schedule("cosine", case.lr, steps, warmup=steps // 20, final=0.05)
     settled = train(name, case, constant, seed, source)
     moving = train(name, case, annealed, seed, source)
-    still = [at_equilibrium(case, seen, steps // 2) for seen in settled]
+    still = [at_equilibrium(case, seen, steps) for seen in settled]
     run = [along_schedule(case, seen, annealed, 20) for seen in moving]
     row: dict[str, Any] = {"network": name, "optimizer": case.label, "seed": seed}
     for what, found in (("equilibrium", still), ("schedule", run)):

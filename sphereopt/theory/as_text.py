@@ -85,19 +85,12 @@ def _short(settings: Settings) -> str:
 
 
 def _equilibrium(answer: Answer) -> Section:
-    found = answer.equilibrium
-    degrees = f"rad per step ({math.degrees(found.angle):.3g} degrees)"
-    rows: list[tuple[str, float | None, str]] = [
-        ("angle", found.angle, degrees),
-        ("diffusive angle", found.diffusive_angle, "rad per root step"),
-        ("K", found.K, "alignment of updates by momentum"),
-        ("memory", found.memory, "steps until the direction is forgotten"),
-        ("relaxation", found.relaxation, "steps until the norm is e times closer"),
-        ("settling", answer.settling, "steps at constant lr until the norm is within 5 %"),
-        ("norm", found.norm, "of the weights"),
-        ("rms", found.rms, "root mean square weight, also the init std without a transient"),
-        ("gradient/weight", found.grad_ratio, "ratio of norms"),
-    ]
+    rows = []
+    for name, fact in answer.equilibrium.facts.items():
+        rows.append((name, *fact))
+        if name == "relaxation":
+            text = "steps at constant lr until the norm is within 5 %"
+            rows.append(("settling", answer.settling, text))
     known = tuple((name, f"{x:.4g}", text) for name, x, text in rows if x is not None)
     return Section(f"{answer.settings.optimizer} at equilibrium", known)
 

@@ -54,18 +54,24 @@ class Equilibrium:
     relaxation: float
     warnings: tuple[str, ...] = ()
 
+    @property
+    def facts(self) -> dict[str, tuple[float | None, str]]:
+        """Names in words, each with its value and what it is, in the order to read them."""
+        degrees = f"rad per step ({math.degrees(self.angle):.3g} degrees)"
+        rms = "root mean square weight, and init std without a transient"
+        return {
+            "angle": (self.angle, degrees),
+            "diffusive angle": (self.diffusive_angle, "rad per root step"),
+            "K": (self.K, "alignment of updates by momentum"),
+            "memory": (self.memory, "steps until the direction is forgotten"),
+            "relaxation": (self.relaxation, "steps until the norm is e times closer"),
+            "norm": (self.norm, "of the weights"),
+            "rms": (self.rms, rms),
+            "gradient/weight": (self.grad_ratio, "ratio of norms"),
+        }
+
     def __str__(self) -> str:
-        rows = [
-            ("angle", self.angle, f"rad per step ({math.degrees(self.angle):.3g} degrees)"),
-            ("diffusive angle", self.diffusive_angle, "rad per root step"),
-            ("K", self.K, "alignment of updates by momentum"),
-            ("memory", self.memory, "steps until the direction is forgotten"),
-            ("relaxation", self.relaxation, "steps until the norm is e times closer"),
-            ("norm", self.norm, ""),
-            ("rms", self.rms, "root mean square weight"),
-            ("gradient/weight", self.grad_ratio, "ratio of norms"),
-        ]
-        return table(f"{self.optimizer} at equilibrium", rows, self.warnings)
+        return table(f"{self.optimizer} at equilibrium", self.facts, self.warnings)
 
 
 def equilibrium(
@@ -144,7 +150,7 @@ def equilibrium(
           K                19.18       alignment of updates by momentum
           memory           3.333e+04   steps until the direction is forgotten
           relaxation       1.667e+04   steps until the norm is e times closer
-          rms              0.0383      root mean square weight
+          rms              0.0383      root mean square weight, and init std without a transient
     """
     lr = number("lr", lr, above=0)
     weight_decay = number("weight_decay", weight_decay, above=0)
