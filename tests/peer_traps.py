@@ -318,7 +318,7 @@ TRAPS = {
         "`theory.equilibrium` is held against simulation, and every figure of the docs comes from"
         " a test or a script",
         STEPS + "test_the_rule_of_thumb_for_the_angle_of_adamw_is_three_times_too_hot",
-        "test_theory.py::test_adamw_angle_at_equilibrium",
+        "test_theory_simulation.py::test_norm_and_angle_at_equilibrium",
         PAPERS + "test_which_is_the_angle_that_the_plain_optimizers_settle_at",
     ),
 }

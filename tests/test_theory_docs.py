@@ -102,13 +102,13 @@ def test_the_tables_are_those_of_the_measurements(results, script):
 
 
 def test_the_measurements_keep_the_promise(results, script):
-    """One percent; two where sign and Newton-Schulz are approximated."""
+    """One percent; two where sign and Newton-Schulz are approximated, and along runs with eps."""
     for row in results["equilibrium"]:
         close = 0.02 if re.match("lion|muon", row["case"]) else 0.01
         assert abs(row["norm error"]) < close
         assert abs(row["angle error"]) < close
     for row in results["trajectories"]:
-        close = 0.02 if re.match("lion|muon", row["case"]) else 0.01
+        close = 0.02 if re.match("lion|muon|.*eps", row["case"]) else 0.01
         assert row["worst norm"] < close
         assert row["worst angle"] < close
     assert {row["case"] for row in results["equilibrium"]} == {case.label for case in script.CASES}

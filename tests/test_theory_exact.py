@@ -261,10 +261,10 @@ def test_adamc_keeps_the_norm_and_makes_the_angle_proportional_to_lr():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lr": 0.1, "weight_decay": 0.1}, "steps=None must follow from lr, weight_decay or be"),
-        ({"lr": [0.1, 0.1], "weight_decay": [0.1]}, "they say \\[1, 2\\]"),
-        ({"lr": -0.1, "weight_decay": 0.1, "steps": 3}, "lr=.* must be one number or one per step"),
-        ({"lr": 0.1, "weight_decay": math.nan, "steps": 3}, "weight_decay=.* must be one number"),
+        ({"lr": 0.1, "weight_decay": 0.1}, "steps=None must be given, and lr, weight_decay be"),
+        ({"lr": [0.1, 0.1], "weight_decay": [0.1]}, "they say 1 and 2"),
+        ({"lr": -0.1, "weight_decay": 0.1, "steps": 3}, "lr=-0.1 must be finite and not neg"),
+        ({"lr": 0.1, "weight_decay": math.nan, "steps": 3}, "weight_decay=nan must be finite"),
         ({"lr": 1.0, "weight_decay": 1.5, "steps": 3}, "turns the weights round at step 0"),
         ({"lr": 0.1, "weight_decay": 0.1, "steps": 3, "dtype": "int8"}, "dtype='int8' must be one"),
         ({"lr": 0.1, "weight_decay": 0.1, "steps": 9000}, "too many for float32: .* at step 4413"),
@@ -292,14 +292,17 @@ def test_momentum_that_oscillates_turns_weights_round():
     [
         (lambda: rescaled("adamw", 0.0, lr=0.1, weight_decay=0.1), "factor=0.0 must be positive"),
         (lambda: adamc([0.0, 0.0], 0.1), "lr=0.0 must be positive at some step"),
-        (lambda: adamc(0.1, 0.1), "steps=None must follow from lr or be given"),
+        (
+            lambda: adamc(0.1, 0.1),
+            "steps=None must be given, and lr be constants or of that length: they say nothing",
+        ),
         (
             lambda: sphere_sgd_lr(lr=[0.1] * 3, weight_decay=0.5, norm0=1.0, grad_norm=[1.0] * 2),
-            "from lr, weight_decay, grad_norm .* they say \\[2, 3\\]",
+            "lr, weight_decay, grad_norm be constants .*: they say 2 and 3",
         ),
         (
             lambda: sphere_sgd_lr(lr=2.0, weight_decay=0.5, norm0=1.0, grad_norm=[1.0]),
-            "lr=.*2.0.* times weight_decay=.*0.5.* must be below 1",
+            "lr=2.0 times weight_decay=0.5 must be below 1",
         ),
         (
             lambda: sphere_sgd_lr(lr=1.0, weight_decay=0.5, norm0=0.0, grad_norm=[1.0]),
