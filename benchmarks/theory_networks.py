@@ -306,6 +306,40 @@ def compare(name: str, case: Case, steps: int, seed: int, source: str = "") -> d
     return {**row, "weights": still, "windows": run}
 
 
+def signals(name: str, steps: int, source: str = "", draws: int = 4000) -> dict[str, float]:
+    """Return the size of the mean gradient over that of its noise, after training with AdamW.
+
+    The mean is over batches at the last weights; a momentum that averages n of them leaves of the
+    noise the root of 1/n, and of the mean all.
+    """
+    case = CASES[4]
+    model, batches = build(name, 0, source)
+    report = so.find_spheres(model, next(batches)[0])
+    named = dict(model.named_parameters())
+    found = [n for n in report.spheres if isinstance(n, str) and named[n].ndim == 2]
+    optimizer = make(case, [named[n] for n in found])
+    others = torch.optim.SGD([p for n, p in named.items() if n not in found], lr=0.03)
+    sums = {n: torch.zeros_like(named[n]) for n in found}
+    squares = dict.fromkeys(found, 0.0)
+    for step, (x, y) in zip(range(steps + draws), batches, strict=False):
+        model.zero_grad()
+        functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+        if step < steps:
+            optimizer.step()
+            others.step()
+            continue
+        for n in found:
+            sums[n] += named[n].grad
+            squares[n] += float(named[n].grad.square().sum())
+    result = {}
+    for n in found:
+        total, mean = squares[n] / draws, float(sums[n].square().sum()) / draws**2
+        # The mean of finitely many draws has noise of its own.
+        noise = (total - mean) * draws / (draws - 1)
+        result[n] = math.sqrt(max(mean - noise / draws, 0.0) / noise)
+    return result
+
+
 def shortened(x: Any) -> Any:
     """Return nested lists and dictionaries with numbers of five digits."""
     if isinstance(x, dict):
@@ -342,8 +376,11 @@ def main() -> None:
             row = compare(name, case, args.steps, 0, args.data)
             rows.append(row)
             print(json.dumps({k: v for k, v in row.items() if k not in ("weights", "windows")}))
+    noise = {name: signals(name, args.steps, args.data) for name in NETWORKS}
+    print(json.dumps({"mean gradient over noise": noise}))
     if args.write:
-        text = json.dumps({"about": about(args), "rows": shortened(rows)})
+        found = {"about": about(args), "mean gradient over noise": noise, "rows": rows}
+        text = json.dumps(shortened(found))
         args.write.write_text(text.replace('{"network"', '\n{"network"') + "\n")
 
 

@@ -131,7 +131,9 @@ def equilibrium(
         constant lr and decay. A block is what the network normalizes together: a filter before
         BatchNorm, a matrix before LayerNorm.
         *Valid when* the norm has had several times ``relaxation`` steps to settle; the ``warnings``
-        name what else to look at. Networks are within some 5 % for the angle and 10 % for the norm.
+        name what else to look at. On small networks the angle was within 1 % (SGD) to 9 % (AdamW)
+        and the norm within 12 %; Lion and Muon, whose momentum averages most of the noise away, were
+        off by up to 27 %.
 
     References:
         * Spherical Motion Dynamics: Learning Dynamics of Normalized Neural Network using SGD and
