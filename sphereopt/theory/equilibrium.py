@@ -132,8 +132,8 @@ def equilibrium(
         BatchNorm, a matrix before LayerNorm.
         *Valid when* the norm has had several times ``relaxation`` steps to settle; the ``warnings``
         name what else to look at. On small networks the angle was within 1 % (SGD) to 9 % (AdamW)
-        and the norm within 12 %; Lion and Muon, whose momentum averages most of the noise away, were
-        off by up to 27 %.
+        and the norm within 12 %; Lion and Muon, whose momentum averages most of the noise away,
+        were off by up to 27 %.
 
     References:
         * Spherical Motion Dynamics: Learning Dynamics of Normalized Neural Network using SGD and
