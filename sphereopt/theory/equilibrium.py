@@ -155,6 +155,13 @@ def equilibrium(
           rms              0.0383      root mean square weight, and init std without a transient
     """
     lr = number("lr", lr, above=0)
+    if weight_decay == 0:
+        raise OutOfRangeError(
+            "weight_decay",
+            weight_decay,
+            "must be positive: without decay the norm grows for ever and nothing settles; "
+            "theory.trajectory follows such a run",
+        )
     weight_decay = number("weight_decay", weight_decay, above=0)
     if dtype not in DTYPES:
         raise OutOfRangeError("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
