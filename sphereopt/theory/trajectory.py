@@ -103,8 +103,8 @@ def trajectory(
 
     Args:
         optimizer: As in :func:`equilibrium`.
-        lr: Learning rate: a constant, one number for each step, or a torch scheduler (which is
-            played on a copy and left as it was). See :func:`schedule`.
+        lr: Learning rate: a constant, one number for each step, or a torch scheduler (that of its
+            first group; played on a copy and left as it was). See :func:`schedule`.
         weight_decay: Weight decay: a constant or one number for each step.
         steps: Number of steps; needed unless ``lr`` or ``weight_decay`` has one number for each.
         dim: Number of weights in the block.
