@@ -31,7 +31,7 @@ __all__ = [
     "start",
 ]
 
-#: Of one block a float, which is ten times faster to loop over than an array; of several an array.
+#: Of one block a float, which is faster to loop over than a small array; of several an array.
 Value = float | Array
 #: Squared norm of the weights, their inner product with the buffer, squared norm of the buffer.
 Moments = tuple[Value, Value, Value]
