@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sphereopt import cli_audit, cli_calc
+from sphereopt.cli_values import real
 
 if TYPE_CHECKING:
     from sphereopt.train import Config, Dataset, Results
@@ -81,9 +82,9 @@ def _add_train(commands: Any) -> None:
         ("--steps", _whole, "training steps of each arm (default: 2000)"),
         ("--seed", _whole, "of initial weights and batches (default: 0)"),
         ("--batch-size", _whole, "images per step (default: 32)"),
-        ("--lr", _real, "peak learning rate of SGD (default: 0.1)"),
-        ("--weight-decay", _real, "weight decay of SGD (default: 0.01)"),
-        ("--norm-eps", _real, "eps of the BatchNorm layers (default: 1e-12)"),
+        ("--lr", real, "peak learning rate of SGD (default: 0.1)"),
+        ("--weight-decay", real, "weight decay of SGD (default: 0.01)"),
+        ("--norm-eps", real, "eps of the BatchNorm layers (default: 1e-12)"),
         ("--threads", _whole, "threads torch may use (default: 1)"),
     ):
         parser.add_argument(option, type=kind, metavar="N" if kind is _whole else "X", help=text)
@@ -107,13 +108,6 @@ def _whole(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a whole number; use 1, 2, 3 ..."
         ) from None
-
-
-def _real(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; use one like 0.01") from None
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from sphereopt.cli_values import real
 from sphereopt.theory import OPTIMIZERS, SCHEDULES, SPHERE_OPTIMIZERS, Answer, OutOfRangeError
 from sphereopt.theory import answer as asked
 from sphereopt.theory.as_json import as_json
-from sphereopt.theory.as_text import Section, sections
+from sphereopt.theory.as_text import sections
+from sphereopt.theory.words import Section
 
 __all__ = ["add_command"]
 
@@ -84,14 +86,14 @@ def add_command(commands: Any) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the optimizer, as given to torch.optim").add_argument
-    number: dict[str, Any] = {"type": _real, "metavar": "X"}
+    number: dict[str, Any] = {"type": real, "metavar": "X"}
     add("--lr", required=True, help="learning rate, of a run the largest", **number)
     add("--weight-decay", required=True, help="weight decay", **number)
     add("--momentum", help="of sgd, sgdw, signum, muon", **number)
     add("--dampening", help="of sgd, sgdw", **number)
     nesterov = argparse.BooleanOptionalAction
     add("--nesterov", action=nesterov, default=None, help="of sgd, sgdw, muon")
-    add("--betas", nargs=2, help="of adam, adamw, lion", type=_real, metavar=("B1", "B2"))
+    add("--betas", nargs=2, help="of adam, adamw, lion", type=real, metavar=("B1", "B2"))
     add("--eps", help="of adam, adamw; counts if --dim and --grad-norm are given", **number)
     add("--shape", nargs=2, help="of the matrix, for muon", type=_whole, metavar=("R", "C"))
     add("--adjust-lr-fn", metavar="NAME", help="of muon: original or match_rms_adamw")
@@ -100,7 +102,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the block and the run").add_argument
-    number: dict[str, Any] = {"type": _real, "metavar": "X"}
+    number: dict[str, Any] = {"type": real, "metavar": "X"}
     add("--dim", type=_whole, metavar="N", help="weights in the block")
     add("--grad-norm", help="norm of the block's gradient times norm of the block", **number)
     add("--init-std", help="root mean square weight at the start", **number)
@@ -121,7 +123,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--final", help="of linear, cosine, wsd: end, as a share of the peak (default: 0)", **number
     )
     add("--decay-fraction", help="of wsd: share of the run that decays (default: 0.2)", **number)
-    add("--milestones", nargs="+", type=_real, metavar="X", help="of step: shares of the run")
+    add("--milestones", nargs="+", type=real, metavar="X", help="of step: shares of the run")
     add("--gamma", help="of step: factor at each milestone (default: 0.1)", **number)
 
 
@@ -151,17 +153,10 @@ def _whole(text: str) -> int:
     return int(value)
 
 
-def _real(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; use one like 0.01") from None
-
-
 def _factor(text: str) -> float:
     if not text.endswith("x"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a factor; use one like 4x or 0.5x")
-    value = _real(text[:-1])
+    value = real(text[:-1])
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is out of range; use one like 4x or 0.5x")
     return value

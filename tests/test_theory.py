@@ -272,7 +272,7 @@ def test_records_are_frozen_and_readable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.angle = 1.0
     text = str(found)
-    assert text.startswith("sgd at equilibrium\n  angle            0.1026      rad per step (5.88")
+    assert text.startswith("sgd at equilibrium\n  angle            0.1026  rad per step (5.88")
     assert "warning: momentum oscillation" in text
     assert "norm  " not in text.replace("until the norm", "")
     run = trajectory("sgd", lr=0.1, weight_decay=0.1, steps=9, norm0=1.0, grad_norm=1.0)

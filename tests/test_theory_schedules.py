@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as ls
 
-from sphereopt.theory import OutOfRangeError, schedule, trajectory
+from sphereopt.theory import OutOfRangeError, equilibrium, schedule, trajectory
 from sphereopt.theory.played import played
 
 
@@ -230,3 +230,26 @@ def test_a_scheduler_that_follows_a_metric_is_refused():
 def test_schedules_refuse(options, message):
     with pytest.raises(OutOfRangeError, match=message):
         schedule(**{"kind": "cosine", "peak": 0.1, "steps": 9, **options})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("sgd", {"momentum": 0.9}),
+        ("sgd", {"momentum": 0.9, "dampening": 0.5}),
+        ("sgdw", {"momentum": 0.9}),
+        ("adam", {"dim": 64, "eps": 0.0}),
+        ("adamw", {"dim": 64, "eps": 0.0}),
+    ],
+)
+def test_where_it_settles_follows_rate_decay_and_gradient(optimizer, options):
+    rates, decays = schedule("cosine", 1e-2, 50, final=0.1), np.linspace(0.1, 0.02, 50)
+    grads = np.geomspace(0.1, 10.0, 50)
+    run = trajectory(
+        optimizer, lr=rates, weight_decay=decays, norm0=1.0, grad_norm=grads, **options
+    )
+    for t in (0, 20, 49):
+        one = {"lr": rates[t], "weight_decay": decays[t], "grad_norm": grads[t]}
+        # Interpolated between 33 values of a function that hardly varies.
+        settled = equilibrium(optimizer, **one, **options).norm
+        assert run.equilibrium[t] == pytest.approx(settled, rel=1e-4)

@@ -11,7 +11,6 @@ import torch
 
 from sphereopt.groups import param_groups
 from sphereopt.monitor import read_jsonl
-from sphereopt.theory import trajectory
 from sphereopt.train import (
     Config,
     DivergedError,
@@ -23,7 +22,6 @@ from sphereopt.train import (
     train,
 )
 from sphereopt.train.arms import ARMS, set_lr
-from sphereopt.train.forecast import forecast
 from sphereopt.train.model import build_model
 
 pytest.importorskip("sklearn")
@@ -158,38 +156,6 @@ def test_free_follows_sgd_in_float32_until_an_activation_crosses_zero(tmp_path):
     assert free.loss_gap < 1e-3
     assert free.loss_gap != 0
     assert free.stored_drift < 1e-6  # 20 steps, each rounded at 6e-8
-
-
-# The calculator beside the first arm
-
-
-def test_forecast_is_close_to_what_was_measured(results):
-    measured = {point.step: point.stored.median for point in results.arms["sgd"].norms}
-    # From the initial norms and the size of the gradients only; early gradients are not yet noise,
-    # and 13 % is the most that the 2,000 steps of the demo show.
-    for point in results.forecast:
-        assert point.norm == pytest.approx(measured[point.step], rel=0.2)
-    assert [point.step for point in results.forecast] == [step for step, _ in results.predicted]
-
-
-def test_forecast_is_the_calculator_s_for_gradients_of_one_size():
-    config = Config(steps=40, lr=0.05)
-    norms = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    points = forecast(config, norms, [1, 20, 40], torch.full((3, 2), 0.3))
-    lr = [learning_rate(step, config) for step in range(40)]
-    options = {"lr": lr, "weight_decay": 0.01, "momentum": 0.9, "grad_norm": np.float32(0.3)}
-    runs = [trajectory("sgd", norm0=norm, **options) for norm in (0.5, 2.0)]
-    for point in points:
-        t = point.step - 1
-        assert point.norm == pytest.approx((runs[0].norm[t] + runs[1].norm[t]) / 2, rel=1e-12)
-        assert point.angle == pytest.approx((runs[0].angle[t] + runs[1].angle[t]) / 2, rel=1e-12)
-
-
-def test_forecast_of_a_silent_filter_only_shrinks():
-    config = Config(steps=20)
-    points = forecast(config, torch.ones(1), [10, 20], torch.zeros(2, 1))
-    assert points[1].norm < points[0].norm < 1
-    assert points[1].angle < 1e-8  # the root of what float64 rounds
 
 
 # What it leaves alone

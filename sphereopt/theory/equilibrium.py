@@ -17,7 +17,7 @@ from sphereopt.theory.errors import OutOfRangeError, number, whole
 from sphereopt.theory.moments import Stationary, stationary, steps
 from sphereopt.theory.rules import Hyperparameters, Rule, SecondMoment, rule
 from sphereopt.theory.validity import DTYPES, warnings_at
-from sphereopt.theory.words import table
+from sphereopt.theory.words import Section
 
 __all__ = ["Equilibrium", "equilibrium"]
 
@@ -71,7 +71,11 @@ class Equilibrium:
         }
 
     def __str__(self) -> str:
-        return table(f"{self.optimizer} at equilibrium", self.facts, self.warnings)
+        known = tuple(
+            (name, f"{x:.4g}", text) for name, (x, text) in self.facts.items() if x is not None
+        )
+        text = str(Section(f"{self.optimizer} at equilibrium", known))
+        return "\n".join([text, *(f"  warning: {text}" for text in self.warnings)])
 
 
 def equilibrium(
@@ -147,12 +151,12 @@ def equilibrium(
         (0.00725, 1990)
         >>> print(equilibrium("adamw", lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95)))
         adamw at equilibrium
-          angle            0.001769    rad per step (0.101 degrees)
-          diffusive angle  0.007746    rad per root step
-          K                19.18       alignment of updates by momentum
-          memory           3.333e+04   steps until the direction is forgotten
-          relaxation       1.667e+04   steps until the norm is e times closer
-          rms              0.0383      root mean square weight, and init std without a transient
+          angle            0.001769   rad per step (0.101 degrees)
+          diffusive angle  0.007746   rad per root step
+          K                19.18      alignment of updates by momentum
+          memory           3.333e+04  steps until the direction is forgotten
+          relaxation       1.667e+04  steps until the norm is e times closer
+          rms              0.0383     root mean square weight, and init std without a transient
     """
     lr = number("lr", lr, above=0)
     if weight_decay == 0:

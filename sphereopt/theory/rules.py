@@ -79,7 +79,6 @@ class Rule:
         coupled: Whether weight decay is added to the gradient.
         scale: What is done with the filter's output; ``None``: nothing.
         dim: Number of weights, where the optimizer's own options say it.
-        dampened: Whether the first gradient enters undampened.
         hyper: All hyperparameters, defaults filled in.
     """
 
@@ -88,7 +87,6 @@ class Rule:
     coupled: bool
     scale: SecondMoment | Shape | None = None
     dim: int | None = None
-    dampened: bool = False
     hyper: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,6 +95,11 @@ class Rule:
         if self.scale is None:
             return 2, 2
         return (1, 2) if self.coupled else (1, 1)
+
+    @property
+    def dampening(self) -> float:
+        """By how much all gradients but the first are dampened."""
+        return float(self.hyper.get("dampening", 0.0)) if self.filter.decay else 0.0
 
     @property
     def needs_grad_norm(self) -> bool:
@@ -146,8 +149,7 @@ def _sgd(name: str, hyper: dict[str, Any]) -> Rule:
         filter = Filter(mu, 1.0, mu * mu, 1 + mu)
     else:
         filter = Filter(mu, 1 - damp, mu, 1 - damp)
-    dampened = mu > 0 and damp > 0
-    return Rule(name, filter, coupled=name == "sgd", dampened=dampened, hyper=hyper)
+    return Rule(name, filter, coupled=name == "sgd", hyper=hyper)
 
 
 def _adam(name: str, hyper: dict[str, Any]) -> Rule:

@@ -20,6 +20,7 @@ from sphereopt.theory.moments import steps as per_step
 from sphereopt.theory.played import played
 from sphereopt.theory.rules import Hyperparameters, Rule, rule
 from sphereopt.theory.series import Numbers, series
+from sphereopt.theory.words import Section
 
 __all__ = ["Schedule", "Trajectory", "trajectory"]
 
@@ -38,8 +39,8 @@ class Trajectory:
         norm: Norm of the weights *after* step ``t``; ``None`` if ``dim`` or ``norm0`` is missing.
         rms: Root mean square of the weights after step ``t``; ``None`` if ``dim`` is missing.
         angle: Root mean square angle by which step ``t`` turns the weights, in radians.
-        equilibrium: The norm or, without one, the rms at which a run at the rate and decay of step
-            ``t`` would settle; ``inf`` where there is none.
+        equilibrium: The norm or, without one, the rms at which a run at the rate, decay and size of
+            the gradient of step ``t`` would settle; ``inf`` where there is none.
         memories: How many memories of the direction the run lasts, :math:`\sum_t\kappa_t`: the
             cosine between first and last direction is about :math:`e^{-memories}`.
     """
@@ -71,12 +72,10 @@ class Trajectory:
         last = len(self.lr) - 1
         shown = sorted({0, last // 4, last // 2, 3 * last // 4, last})
         name = "norm" if self.norm is not None else "rms"
-        lines = [f"{self.optimizer}, {len(self.lr)} steps, {self.memories:.3g} memories"]
-        lines.append(f"  {'step':>9}  {'lr':>9}  {name:>9}  {'angle':>9}")
-        for t in shown:
-            values = (self.lr[t], self._size[t], self.angle[t])
-            lines.append(f"  {t:>9}  " + "  ".join(f"{value:>9.3g}" for value in values))
-        return "\n".join(lines)
+        columns = (self.lr, self._size, self.angle)
+        rows = tuple((str(t), *(f"{column[t]:.3g}" for column in columns)) for t in shown)
+        title = f"{self.optimizer}, {len(self.lr)} steps, {self.memories:.3g} memories"
+        return str(Section(title, rows, ("step", "lr", name, "angle")))
 
 
 def trajectory(
@@ -124,7 +123,8 @@ def trajectory(
         *Assumes* a random walk, as :func:`equilibrium` does, and empty buffers at the start. Does
         not assume that anything changes slowly: momentum, bias correction and the lag of the second
         moment are followed.
-        *Valid when* gradients are mostly noise. A million steps take about a second.
+        *Valid when* gradients are mostly noise. A million steps take about a second
+        (``benchmarks/theory_time.py``).
 
     References:
         * Spherical Motion Dynamics: Learning Dynamics of Normalized Neural Network using SGD and
@@ -138,12 +138,12 @@ def trajectory(
         >>> run = trajectory("adamw", lr=rate, weight_decay=0.1, rms0=0.02, betas=(0.9, 0.95))
         >>> print(run)
         adamw, 100000 steps, 1.65 memories
-               step         lr        rms      angle
-                  0    1.5e-07       0.02    7.5e-06
-              24999   0.000265     0.0337    0.00177
-              49999   0.000169     0.0329    0.00116
-              74999   7.11e-05     0.0293   0.000547
-              99999      3e-05     0.0271    0.00025
+           step        lr     rms     angle
+              0   1.5e-07    0.02   7.5e-06
+          24999  0.000265  0.0337   0.00177
+          49999  0.000169  0.0329   0.00116
+          74999  7.11e-05  0.0293  0.000547
+          99999     3e-05  0.0271   0.00025
     """
     made, dim = sized(rule(optimizer, hyper), dim, _typical(grad_norm))
     rate, decay, squares = _arrays(made, lr, weight_decay, grad_norm, steps)
@@ -155,10 +155,10 @@ def trajectory(
         raise OutOfRangeError(
             "lr", float(rate[t]), f"times weight_decay={decay[t]:g} must be below 1"
         )
-    if made.dampened:
-        # The first gradient enters the buffer undampened.
-        squares[0] /= (1 - made.hyper["dampening"]) ** 2
-        need.added[0] /= 1 - made.hyper["dampening"]
+    settling = _equilibria(made, rate, decay, dim, squares)
+    # torch's first gradient enters the buffer undampened.
+    squares[0] /= (1 - made.dampening) ** 2
+    need.added[0] /= 1 - made.dampening
     found = walk(made, need, squares, start)
     size = np.sqrt(found.squares)
     whole_block = made.needs_grad_norm or dim is not None
@@ -170,7 +170,7 @@ def trajectory(
         norm=size if whole_block else None,
         rms=per_weight if whole_block else size,
         angle=found.angle,
-        equilibrium=_equilibria(made, rate, decay, dim, _typical(grad_norm)),
+        equilibrium=settling,
         memories=_memories(made, need, squares, size),
     )
 
@@ -220,10 +220,8 @@ def _start(made: Rule, dim: int | None, norm0: float | None, rms0: float | None)
 _GRID, _CUT = 33, 30.0
 
 
-def _equilibria(
-    made: Rule, rate: Array, decay: Array, dim: int | None, grad_norm: float | None
-) -> Array:
-    r"""Return the size at which each rate and decay would settle.
+def _equilibria(made: Rule, rate: Array, decay: Array, dim: int | None, squares: Array) -> Array:
+    r"""Return the size at which rate, decay and size of the gradient of each step would settle.
 
     By the rescaling symmetry :math:`(c^i lr, c^{-j}\lambda, c\,w)` it is
     :math:`(lr/\lambda)^{1/(i+j)}F(lr^j\lambda^i)`, and :math:`F` hardly varies: a few values do.
@@ -233,7 +231,13 @@ def _equilibria(
     alive = (rate > 0) & (decay > 0)
     if not np.any(alive):
         return result
-    lr, wd = rate[alive], decay[alive]
+    lr, wd, gradient = rate[alive], decay[alive], np.sqrt(squares[alive])
+    usual = float(np.median(gradient))
+    # A loss s times as large is the same loss with another rate and decay.
+    if made.needs_grad_norm:
+        wd = wd * usual / gradient
+    if made.scale is None:
+        lr = lr * gradient / usual
     place = j * np.log(lr) + i * np.log(wd)
     unit = np.log(lr / wd) / (i + j)
     # Below the cut F no longer varies at all.
@@ -246,7 +250,7 @@ def _equilibria(
         log_decay = (x - j * ratio) / (i + j)
         at = np.exp(np.array([log_decay + ratio])), np.exp(np.array([log_decay]))
         need = per_step(made, at[0], at[1], dim or 1, np.full(1, math.inf))
-        found = stationary(made, need, (grad_norm or 1.0) ** 2)
+        found = stationary(made, need, usual**2)
         logs.append(0.5 * math.log(found.square) - ratio / (i + j))
     result[alive] = np.exp(np.interp(place, grid, logs) + unit)
     return result

@@ -215,22 +215,20 @@ class _Log:
         self.losses: list[float] = []
         self.curve = [(0, _accuracy(model, race, race.curve_images))]
         self.norms = [(0, *_norms(optimizer))]
-        self.grad_norms: list[Tensor] = []
 
     def add(self, step: int, loss: float) -> None:
         """Note what there is to note after a step."""
         self.losses.append(loss)
         if step % self.race.log_every == 0:
             self.norms.append((step, *_norms(self.optimizer)))
-            self.grad_norms.append(_grad_norms(self.optimizer))
         if step % self.race.curve_every == 0:
             self.curve.append((step, _accuracy(self.model, self.race, self.race.curve_images)))
 
     def run(self, arm: Arm, path: Path, seconds: float) -> _Run:
         """Return the arm's result; its distance to the first arm is still open."""
         config = self.race.config
-        believed = torch.stack([norm for _, norm, _ in self.norms])
-        stored = torch.stack([norm for _, _, norm in self.norms])
+        steps, *columns = zip(*self.norms, strict=True)
+        believed, stored, gradients = map(torch.stack, columns)
         angles = mean_angles(read_jsonl(path))
         result = ArmResult(
             letter=arm.letter,
@@ -243,11 +241,11 @@ class _Log:
             stored_drift=_largest_change(stored, stored[:1]),
             loss=self.losses,
             accuracy=self.curve,
-            norms=_points([step for step, _, _ in self.norms], believed, stored),
+            norms=_points(steps, believed, stored),
             angles=angles,
             seconds=seconds,
         )
-        return _Run(result, believed, stored, torch.stack(self.grad_norms))
+        return _Run(result, believed, stored, gradients[1:])
 
 
 def _predicted(race: _Race) -> list[tuple[int, float]]:
@@ -295,33 +293,23 @@ def _accuracy(model: nn.Module, race: _Race, count: int) -> float:
 
 
 @torch.no_grad()
-def _norms(optimizer: Optimizer) -> tuple[Tensor, Tensor]:
-    """Return believed and stored norms of all spheres, in float64."""
-    believed, stored = [], []
+def _norms(optimizer: Optimizer) -> tuple[Tensor, Tensor, Tensor]:
+    """Return believed and stored norms of all spheres, and stored ones times those of gradients."""
+    believed, stored, gradients = [], [], []
     for group in optimizer.param_groups:
         if group["sphere"] is None:
             continue
         for p in group["params"]:
-            view = spheres.view(p, group["sphere"]).flatten(1)
-            stored.append(view.to(torch.float64).norm(dim=1))
-            radius = optimizer.state[p].get("virtual_radius", stored[-1])
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            norm, slope = (
+                spheres.view(x, group["sphere"]).flatten(1).to(torch.float64).norm(dim=1)
+                for x in (p, grad)
+            )
+            radius = optimizer.state[p].get("virtual_radius", norm)
             believed.append(radius.to(torch.float64).clone())
-    return torch.cat(believed), torch.cat(stored)
-
-
-@torch.no_grad()
-def _grad_norms(optimizer: Optimizer) -> Tensor:
-    """Return norm of the gradient times norm of the weights for every sphere, in float64."""
-    sizes = []
-    for group in optimizer.param_groups:
-        if group["sphere"] is None:
-            continue
-        for p in group["params"]:
-            pair = (p, torch.zeros_like(p) if p.grad is None else p.grad)
-            views = [spheres.view(x, group["sphere"]).flatten(1) for x in pair]
-            norms = [view.to(torch.float64).norm(dim=1) for view in views]
-            sizes.append(norms[0] * norms[1])
-    return torch.cat(sizes)
+            stored.append(norm)
+            gradients.append(slope * norm)
+    return torch.cat(believed), torch.cat(stored), torch.cat(gradients)
 
 
 def _points(steps: Sequence[int], believed: Tensor, stored: Tensor) -> list[NormPoint]:
