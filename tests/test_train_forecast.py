@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sphereopt.geometry import angle, norm, tangent
 from sphereopt.theory import trajectory
 from sphereopt.train import Config, learning_rate, train
 from sphereopt.train.forecast import forecast
@@ -16,13 +17,38 @@ def results(tmp_path_factory):
     return train(Config(steps=40), tmp_path_factory.mktemp("run"))
 
 
-def test_forecast_is_close_to_what_was_measured(results):
-    measured = {point.step: point.stored.median for point in results.arms["sgd"].norms}
-    # From the initial norms and the size of the gradients only; early gradients are not yet noise,
-    # and 13 % is the most that the 2,000 steps of the demo show.
-    for point in results.forecast:
-        assert point.norm == pytest.approx(measured[point.step], rel=0.2)
+def test_forecast_follows_torch_where_gradients_are_noise():
+    config = Config(steps=300, lr=0.2, weight_decay=0.02)
+    generator = torch.Generator().manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(20, 200, generator=generator, dtype=torch.float64) / 30)
+    start = norm(w.detach(), "row")
+    optimizer = torch.optim.SGD([w], lr=1.0, momentum=0.9, weight_decay=config.weight_decay)
+    steps, sizes, norms, angles = [], [], [], []
+    for step in range(1, config.steps + 1):
+        old = w.detach().clone()
+        noise = tangent(old, torch.randn(w.shape, generator=generator, dtype=w.dtype), "row")
+        # Gradients shrink to a quarter on the way, as when a loss is learned.
+        size = (1 - 0.75 * step / config.steps) / 14
+        w.grad = size * noise / norm(old, "row")[:, None]
+        optimizer.param_groups[0]["lr"] = learning_rate(step - 1, config)
+        optimizer.step()
+        if step % 5 == 0:
+            steps.append(step)
+            sizes.append(norm(w.grad, "row") * norm(old, "row"))
+            norms.append(norm(w.detach(), "row").median().item())
+            angles.append(angle(old, w.detach(), "row").square().mean().sqrt().item())
+    points = forecast(config, start, steps, torch.stack(sizes))
+    # 20 rows leave 1 % of noise in the norm. The steps' angles have 10 % of noise each.
+    assert [point.norm for point in points] == pytest.approx(norms, rel=0.05)
+    assert max(norms) > 1.5 * min(norms)
+    found = np.array([point.angle for point in points]).reshape(6, 10).mean(axis=1)
+    assert found == pytest.approx(np.reshape(angles, (6, 10)).mean(axis=1), rel=0.05)
+
+
+def test_forecast_has_a_point_for_every_logged_step(results):
     assert [point.step for point in results.forecast] == [step for step, _ in results.predicted]
+    first = results.forecast[0]
+    assert first.norm == pytest.approx(results.arms["sgd"].norms[1].stored.median, rel=0.01)
 
 
 def test_forecast_is_the_calculator_s_for_gradients_of_one_size():
