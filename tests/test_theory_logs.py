@@ -83,6 +83,24 @@ def test_norms_follow_from_updates(kind, betas):
     assert worst(closure, log["norm"]) < 0.15
 
 
+@pytest.mark.parametrize("kind", ["bn", "ln"])
+def test_identities_hold_over_long_runs_and_averages_do_not(kind):
+    rates = schedule("cosine", 0.1, 1500, warmup=10, final=0.1)
+    log = logged_run(kind, torch.optim.SGD, rates, DECAY, momentum=0.9)
+    given = {"lr": rates, "weight_decay": DECAY, "norm0": log["start"], "momentum": 0.9}
+    found = norm_from_gradients(log["grad"], overlaps=log["overlap"], **given)
+    assert worst(found, log["norm"]) < 1e-13
+    assert 0.1 < worst(norm_from_gradients(log["grad"], **given), log["norm"]) < 0.5
+
+    log = logged_run(kind, torch.optim.AdamW, rates / 30, 1.0, betas=(0.9, 0.95))
+    given = {"lr": rates / 30, "weight_decay": 1.0, "norm0": log["start"]}
+    found = norm_from_updates(log["update"], overlaps=log["update_overlap"], **given)
+    assert worst(found, log["norm"]) < 1e-13
+    # The page says 23 to 32 %.
+    closure = norm_from_updates(log["update"], correlation=0.9, **given)
+    assert 0.2 < worst(closure, log["norm"]) < 0.35
+
+
 def walk(steps, lr, decay, start, mu=0.9, blocks=64, dim=64):
     """Return norms, gradient norms, updates of decoupled momentum on noise across the weights."""
     generator = np.random.default_rng(0)
