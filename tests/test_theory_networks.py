@@ -1,5 +1,6 @@
 """The theory on small real networks: short runs of what the benchmark does at length."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,39 @@ def test_the_pages_tables_are_those_of_the_results(networks):
 
     for page, table in theory_conversions_figure.tables(ROOT / "docs/results").items():
         assert table in (ROOT / "docs/theory" / page).read_text(), page
+
+
+def test_the_page_says_what_was_measured():
+    page = (ROOT / "docs" / "theory" / "networks.md").read_text()
+    found = json.loads((ROOT / "docs" / "results" / "theory_networks.json").read_text())
+
+    def worst(what, optimizers, networks=("BatchNorm", "LayerNorm", "QK-norm")):
+        rows = [r for r in found["rows"] if r["network"] in networks]
+        return 100 * max(
+            r[f"equilibrium, {what} error"]["worst"] for r in rows if r["optimizer"] in optimizers
+        )
+
+    family = ("SGD", "SGD, momentum 0.9", "SGDW 0.9")
+    adamw = ("AdamW (0.9, 0.95)", "AdamW (0.9, 0.999)")
+    said = (
+        f"angle within {worst('angle', family):.1f} %, norm within {worst('norm', family):.1f} %",
+        f"{worst('angle', ['Nesterov 0.9']):.1f} %, norm {worst('norm', ['Nesterov 0.9']):.1f} %",
+        f"LayerNorm: {worst('angle', adamw):.1f} %; norm within {worst('norm', adamw):.1f} %",
+        f"{worst('angle', ['Lion']):.0f} % in the angle and {worst('norm', ['Lion']):.0f} %",
+    )
+    for text in said:
+        assert text in page
+    assert worst("angle", adamw, ("BatchNorm", "QK-norm")) < 4
+    l2 = [worst(what, ["Adam + L2"]) for what in ("angle", "norm")]
+    assert f"angle within {l2[0]:.1f} %, norm within {l2[1]:.1f} %" in page
+    for row in found["rows"]:
+        if row["optimizer"] in ("Lion", "Muon"):
+            continue
+        for weight in row["windows"]:
+            ratio = np.array(weight["angle predicted"]) / np.array(weight["angle"])
+            assert np.abs(ratio[1:] - 1).max() < 0.11
+    means = found["mean gradient over noise"]
+    digits = [x for name in ("BatchNorm", "LayerNorm") for x in means[name].values()]
+    assert f"{min(digits):.2f} to {max(digits):.2f} of its noise" in page
+    text = means["QK-norm"].values()
+    assert f"{min(text):.2f} to\n{max(text):.2f} on the text" in page

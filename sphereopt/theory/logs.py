@@ -192,7 +192,8 @@ def norm_from_updates(
 
     Notes:
         *Assumes*, with overlaps, nothing: an identity for any weights. Without, that gradients are
-        noise: norms of small networks under AdamW were 1 to 8 % off in 150 steps, 23 to 32 % in 1500.
+        noise: norms of small networks under AdamW were 1 to 8 % off in 150 steps, 23 to 32 % in
+        1500.
 
     References:
         How to set AdamW's weight decay as you scale model and dataset size, Wang and Aitchison,
