@@ -54,9 +54,22 @@ def test_readme(number, tmp_path, monkeypatch):
 
 def test_tracking_page(tmp_path, monkeypatch):
     names = setting(tmp_path, monkeypatch)
+    model = names["model"]
+    names["criterion"] = nn.functional.mse_loss
+    names["batches"] = [(x, torch.zeros_like(model(x))) for x in [names["example_input"]] * 3]
     first, second = blocks("docs/tracking.md")
-    exec(first.replace("conv1.weight", "0.weight"), names)
+    exec(first, names)
     exec(second, names)
+    rows = so.monitor.read_jsonl("run.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["metrics"]["loss"] > 0 for row in rows)
+
+
+def test_the_tracking_page_names_every_probe():
+    page = (ROOT / "docs" / "tracking.md").read_text()
+    table = set(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE))
+    named = {name.strip("` ") for cell in table for name in cell.split(",")}
+    assert {*so.monitor.PROBES, "diffusive_angle"} <= named
 
 
 def test_detection_page(tmp_path, monkeypatch):

@@ -78,10 +78,11 @@ def test_other_optimizers_are_read_from_their_weights(make):
             step(model, optimizer, torch.float32)
             if i % 2:
                 entries = rows[-1]["parameters"]
+                # Rows carry float32 digits where weights are float32.
                 args = old.double(), model[0].weight.detach().double()
-                check(entries["0.weight"], *args, "row", 1e-3, 1e-9)
+                check(entries["0.weight"], *args, "row", 1e-3, 2e-7)
                 args = old_joint.double(), joined(model).double()
-                check(entries["3.weight + 3.bias"], *args, "tensor", 1e-3, 1e-9)
+                check(entries["3.weight + 3.bias"], *args, "tensor", 1e-3, 2e-7)
     assert [r["step"] for r in rows] == [2, 4]
 
 
@@ -162,7 +163,7 @@ def test_tracking_changes_no_weight_and_leaves_nothing_behind():
             tracker.close()
             assert not optimizer._optimizer_step_pre_hooks
             assert not optimizer._optimizer_step_post_hooks
-            assert optimizer.readings is None
+            assert not optimizer.listeners
         results.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -187,7 +188,8 @@ def test_a_half_written_last_line_is_dropped_on_read_and_on_append(tmp_path):
     sink({"step": 3})
     sink.close()
     assert path.read_bytes() == b'{"step":1}\n{"step":2}\n{"step":3}\n'
-    path.write_bytes(b"x" * 200_000)  # no line at all, longer than one block of the search
+    # No line at all, longer than one block of the search.
+    path.write_bytes(b'{"step":' + b"1" * 200_000)
     JsonlSink(path).close()
     assert path.read_bytes() == b""
 

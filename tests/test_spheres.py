@@ -323,6 +323,7 @@ def test_float32_sums_keep_their_digits_over_millions_of_entries(sphere, shape):
     v = spheres.view(x, sphere)
     want = products.dot([v.double()], [v.double()])
     torch.testing.assert_close(products.dot([v], [v]), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(products.square([v]), want, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -330,6 +331,7 @@ def test_half_precision_is_summed_in_float32(dtype):
     # 300 * 300 overflows float16, and 1e5 ones added in bfloat16 stop at 256.
     x = torch.full((1, 1000), 300.0).to(dtype)
     assert products.dot([x], [x]).item() == 300 * 300 * 1000
+    assert products.square([x]).item() == pytest.approx(300 * 300 * 1000, rel=1e-6)
     ones = torch.ones(1, 100_000).to(dtype)
     assert products.dot([ones], [ones]).item() == 100_000
 

@@ -6,15 +6,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["JsonlSink", "read_jsonl"]
+from sphereopt.monitor.lines import LineFile
+from sphereopt.monitor.rows import LogError, Row, iterate, loaded, read_jsonl
+
+__all__ = ["JsonlSink", "LogError", "finite", "iterate", "read_jsonl"]
 
 
 class JsonlSink:
     """A file that takes one JSON object per line and survives a crash in the middle of one.
 
     Args:
-        path: The file; its folder is made. An existing file is continued, after dropping a last
+        path: The file; its folder is made. An existing log is continued, after dropping a last
             line that a crash left half-written.
+
+    Raises:
+        ValueError: If the file holds something else than a log; it is left as it is.
+        OSError: If the file cannot be opened.
+
+    Notes:
+        A line is handed to the operating system in one piece before the call returns, so a killed
+        process loses nothing. It is not forced to the disk (no ``fsync``): a machine that loses
+        power may lose the last seconds.
+        A write that fails, on a full disk for instance, is taken back before the error is raised.
 
     Example:
         >>> import tempfile
@@ -28,66 +41,53 @@ class JsonlSink:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab+")
-        self._drop_half_line()
+        self._file = LineFile(path, _is_log, is_whole=lambda line: bool(loaded(line)))
 
-    def _drop_half_line(self) -> None:
-        end = position = self._file.seek(0, 2)
-        while position > 0:
-            start = max(0, position - 65536)
-            self._file.seek(start)
-            newline = self._file.read(position - start).rfind(b"\n")
-            if newline >= 0 or start == 0:
-                keep = start + newline + 1
-                if keep < end:
-                    self._file.truncate(keep)
-                return
-            position = start
+    def start(self, run: dict[str, Any]) -> None:
+        """Write the header of a run, ``{"run": {...}}``."""
+        self({"run": run})
 
-    def __call__(self, row: dict[str, Any]) -> None:
+    def __call__(self, row: Row) -> None:
         """Write one row and hand it to the operating system."""
-        # NaN is not JSON: strict readers refuse the file, so it becomes null.
-        line = json.dumps(_finite(row), allow_nan=False, separators=(",", ":"))
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        try:
+            line = _dumps(row)
+        except ValueError:
+            # NaN is not JSON: strict readers refuse the file, so it becomes null.
+            line = _dumps(finite(row))
+        self._file.append(line.encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def _finite(value: Any) -> Any:
+def _dumps(row: Row) -> str:
+    return json.dumps(row, allow_nan=False, separators=(",", ":"))
+
+
+def finite(value: Any) -> Any:
+    """Return a value with None for every number in it that is not finite.
+
+    Args:
+        value: Numbers, strings, lists and dicts of them.
+
+    Returns:
+        The same, NaN and infinities replaced.
+
+    Example:
+        >>> finite({"angle": [0.1, float("nan")]})
+        {'angle': [0.1, None]}
+    """
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
     return value
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a file, without a last line that was only half-written.
-
-    Args:
-        path: A file of one JSON object per line.
-
-    Returns:
-        The rows, in order.
-
-    Raises:
-        ValueError: If a line other than the last is not JSON; the message names it.
-    """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: {error.msg}") from None
-    return rows
+def _is_log(start: bytes) -> bool:
+    """Whether a file begins with a header or a row, or with what a crash left of one."""
+    first, newline, _ = start.partition(b"\n")
+    return not {"run", "step"}.isdisjoint(loaded(first)) if newline else first[:1] == b"{"

@@ -16,6 +16,7 @@ from sphereopt import products
 from sphereopt.geometry import transport_views
 from sphereopt.moves import NORMALIZED, Gram, _divide, _root
 from sphereopt.optim._batching import Slab
+from sphereopt.optim._reading import Pull
 from sphereopt.radius import Travel, travel
 
 if TYPE_CHECKING:
@@ -88,7 +89,17 @@ def step_ordinary(rule: SphereOptimizer, slab: Slab, group: Group) -> None:
         x.mul_(shrink).sub_(y * lr)
 
 
-def step_spheres(rule: SphereOptimizer, slab: Slab, group: Group) -> Travel:
+def _pull(slab: Slab, u: list[Tensor], ww: Tensor, group: Group) -> Pull:
+    """Return the inner products with the gradient, of which a step needs none itself."""
+    g, members = slab.grads, slab.members
+    sign = -1 if group["maximize"] else 1
+    wg, ug = (sign * products.dot(x, g, members) for x in (slab.weights, u))
+    return Pull(wg, products.square(g, members), ug, ww)
+
+
+def step_spheres(
+    rule: SphereOptimizer, slab: Slab, group: Group, *, watched: bool
+) -> tuple[Travel, Pull | None]:
     """Step the spheres of a slab; return the numbers of the step."""
     w, members, numbers = slab.weights, slab.members, slab.numbers
     ww = products.dot(w, w, members)
@@ -96,6 +107,7 @@ def step_spheres(rule: SphereOptimizer, slab: Slab, group: Group) -> Travel:
         # Spheres that were zero and have been initialized since keep the norm they were given.
         numbers[key] = torch.where(numbers[key] == 0, _root(ww), numbers[key])
     u, gram = _directions(rule, slab, group, ww)
+    pull = _pull(slab, u, ww, group) if watched else None
     trip = travel(
         gram,
         group["lr"],
@@ -116,4 +128,4 @@ def step_spheres(rule: SphereOptimizer, slab: Slab, group: Group) -> Travel:
         slab.buffers[key] = transport_views(ms, old, slab.weights, group["transport"], members)
     if "virtual_radius" in numbers:
         numbers["virtual_radius"] = trip.norm
-    return trip
+    return trip, pull

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -31,10 +30,14 @@ from sphereopt.optim._batching import Slab, arrange
 from sphereopt.optim._checks import check_checkpoint, check_group, resolve
 from sphereopt.optim._manifolds import split_manifolds
 from sphereopt.optim._plain import clock
+from sphereopt.optim._reading import Pull, Reading, with_decay
 from sphereopt.optim._rounding import Rounding
 from sphereopt.optim._state import Keys, SphereError, blocks, check_gradients, load_checked
 from sphereopt.optim._step import step_ordinary, step_spheres
 from sphereopt.radius import Travel
+
+if TYPE_CHECKING:
+    from sphereopt.monitor.composer import LastStep
 
 __all__ = ["Keys", "Reading", "Slab", "SphereError", "SphereOptimizer"]
 
@@ -54,27 +57,6 @@ _DEFAULTS: Group = {
     "fused": None,
     "differentiable": False,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """The numbers of one step of some spheres, still on their device.
-
-    Attributes:
-        names: Parameters, in order; a parameter may go on in the next reading.
-        counts: Number of spheres of each.
-        travel: Inner products, coefficients and believed norms, ``(k,)`` each.
-        lr: Learning rate of the group.
-        group: The parameter group (not a copy).
-        homogeneity: The direction scales like the gradient to this power.
-    """
-
-    names: list[str]
-    counts: list[int]
-    travel: Travel
-    lr: float | Tensor
-    group: Group
-    homogeneity: int
 
 
 class SphereOptimizer(Optimizer, ABC):
@@ -115,9 +97,10 @@ class SphereOptimizer(Optimizer, ABC):
     linear: ClassVar[bool] = False
     #: The direction has a useful derivative, so ``differentiable=True`` makes sense.
     smooth: ClassVar[bool] = True
-    #: A list here makes the next steps append their readings to it; see ``monitor``.
-    readings: list[Reading] | None = None
+    #: Who takes the readings of the next steps; none are made while it is empty. See ``monitor``.
+    listeners: tuple[Callable[[Reading], object], ...] = ()
     _told_of_rounding: bool = False
+    _last_step: LastStep | None = None
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         super().__init__(params, {**_DEFAULTS, **defaults})
@@ -255,6 +238,31 @@ class SphereOptimizer(Optimizer, ABC):
                 self._step_group(group, index)
         return loss
 
+    def report_per_parameter_metrics(
+        self, param: Tensor, name: str, optimizer_metrics: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Add what the last step did to a parameter, as Composer's ``OptimizerMonitor`` asks.
+
+        Args:
+            param: A parameter of this optimizer.
+            name: Its name, for the keys.
+            optimizer_metrics: What was gathered so far.
+
+        Returns:
+            The same dict, with ``sphereopt/<probe>/<name>``: means over the parameter's spheres,
+            still on their device, of the probes of :mod:`sphereopt.monitor.probes`. Nothing is
+            added for parameters on no sphere. A joint sphere is reported under each member.
+
+        Notes:
+            The first call starts the listening, so it adds nothing yet.
+        """
+        from sphereopt.monitor.composer import LastStep
+
+        if self._last_step is None:
+            self._last_step = LastStep(self)
+        optimizer_metrics.update(self._last_step.metrics(param, name))
+        return optimizer_metrics
+
     # Under torch.compile the bookkeeping stays eager, and the arithmetic of a slab is compiled.
     @_disable_dynamo(recursive=False)
     def _step_group(self, group: Group, index: int) -> None:
@@ -275,17 +283,34 @@ class SphereOptimizer(Optimizer, ABC):
             if slab.ordinary:
                 step_ordinary(self, slab, group)
             else:
-                trip = step_spheres(self, slab, group)
-                self._read(slab, trip, group)
+                trip, pull = step_spheres(self, slab, group, watched=bool(self.listeners))
+                if pull is not None:
+                    _tell(self, slab, trip, pull, group)
             slab.write_back(rounding)
         self._told_of_rounding |= rounding.warn()
 
-    def _read(self, slab: Slab, trip: Travel, group: Group) -> None:
-        if self.readings is None:
-            return
-        blocks = [block for bunch in slab.bunches for block in bunch]
-        names, counts = [x.name for x in blocks], [len(x.weights[0]) for x in blocks]
-        self.readings.append(Reading(names, counts, trip, group["lr"], group, self.homogeneity))
+
+@_disable_dynamo  # whoever listens is not to be compiled
+def _tell(rule: SphereOptimizer, slab: Slab, trip: Travel, pull: Pull, group: Group) -> None:
+    """Make the reading of a slab and hand it to those who listen."""
+    free, blocks = group["radius"] == "free", [x for bunch in slab.bunches for x in bunch]
+    if free and rule.decay(group)[1] != 1.0:
+        trip, pull = with_decay(trip, pull, group["lr"], group["weight_decay"])
+    reading = Reading(
+        optimizer=type(rule),
+        group=group,
+        names=[x.name for x in blocks],
+        counts=[len(x.weights[0]) for x in blocks],
+        shapes=[tuple(x.weights[0].shape[1:]) for x in blocks],
+        dims=[sum(w[0].numel() for w in x.weights) for x in blocks],
+        travel=trip,
+        pull=pull,
+        lr=group["lr"],
+        homogeneity=rule.homogeneity,
+        free=free,
+    )
+    for listener in rule.listeners:
+        listener(reading)
 
 
 @_disable_dynamo

@@ -1,0 +1,115 @@
+"""What another optimizer did to its weights, from copies made before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from sphereopt import products, spheres
+from sphereopt.moves import Gram, _root
+from sphereopt.optim._checks import parameter_name, units
+from sphereopt.optim._reading import Pull, Reading
+from sphereopt.radius import Travel
+
+__all__ = ["Around", "around", "whole"]
+
+#: Spheres are compared in runs of about so many weights: temporaries stay in cache.
+_RUN = 1 << 19
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """The weights of some spheres before a step, and where to find them after it.
+
+    Attributes:
+        optimizer: Class of the optimizer.
+        name: Of the parameter, or of the members of a joint sphere.
+        group: Their group.
+        params: The parameters.
+        copies: What they were.
+    """
+
+    optimizer: type[Optimizer]
+    name: str
+    group: dict[str, Any]
+    params: list[Tensor]
+    copies: list[Tensor]
+
+    def readings(self) -> Iterator[Reading]:
+        """Yield the readings of the step, from the weights around it."""
+        if any(p.grad is None for p in self.params):
+            return
+        grads = [p.grad for p in self.params if p.grad is not None]
+        members = [self._pieces(xs) for xs in (self.copies, self.params, grads)]
+        for piece in zip(*members, strict=True):
+            count = piece[0][0].shape[0]
+            size = sum(x.numel() for x in piece[0])
+            rows = max(1, _RUN * count // max(size, 1))
+            for at in range(0, count, rows):
+                yield self._reading(*([x[at : at + rows] for x in xs] for xs in piece))
+
+    def _pieces(self, tensors: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Return for each piece of the spec the views of all members."""
+        views = [spheres.split(whole(x.detach()), self.group["sphere"]) for x in tensors]
+        return list(zip(*views, strict=True))
+
+    def _reading(self, old: list[Tensor], new: list[Tensor], grads: list[Tensor]) -> Reading:
+        # In the dtype of the weights: near each other, they have an exact difference.
+        step = [_wide(x) - _wide(y) for x, y in zip(old, new, strict=True)]
+        lr, sign = float(self.group["lr"]), -1 if self.group.get("maximize") else 1
+        per_lr = 1 / lr if lr else 0.0
+        ww, ws, ss = products.square(old), products.dot(old, step), products.square(step)
+        wg, sg = (sign * products.dot(x, grads) for x in (old, step))
+        one, norm = torch.ones_like(ww), _root((ww - 2 * ws + ss).clamp_min(0))
+        gram = Gram(ww, per_lr * ws, per_lr**2 * ss)
+        return Reading(
+            optimizer=self.optimizer,
+            group=self.group,
+            names=[self.name],
+            counts=[len(one)],
+            shapes=[tuple(old[0].shape[1:])],
+            dims=[sum(x[0].numel() for x in old)],
+            travel=Travel(gram, one, -lr * one, one, norm),
+            pull=Pull(wg, products.square(grads), per_lr * sg, ww),
+            lr=lr,
+            homogeneity=1 if issubclass(self.optimizer, torch.optim.SGD) else 0,
+            free=True,
+        )
+
+
+def around(optimizer: Optimizer, keep: Callable[[str], bool]) -> list[Around]:
+    """Copy the weights that an optimizer is about to change.
+
+    Args:
+        optimizer: Any optimizer whose groups have a ``sphere``.
+        keep: Whether to log a parameter, by its name.
+
+    Returns:
+        One entry for each parameter, or joint sphere, on spheres.
+    """
+    found = []
+    for index, group in enumerate(optimizer.param_groups):
+        if group.get("sphere") is None:
+            continue
+        for start, params in units(group):
+            name = parameter_name(group, index, start, len(params))
+            if keep(name) and all(p.requires_grad for p in params):
+                copies = [p.detach().clone() for p in params]
+                found.append(Around(type(optimizer), name, group, params, copies))
+    return found
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(products.accumulator(x.dtype))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor's all shards, gathered here; any other, densely stored, as it is."""
+    full = getattr(tensor, "full_tensor", None)  # DTensor: no need to import what may be missing
+    tensor = full() if full is not None else tensor
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor
