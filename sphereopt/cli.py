@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sphereopt import cli_audit, cli_calc
+from sphereopt import cli_audit, cli_calc, cli_doctor, cli_report
 from sphereopt.cli_values import real
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_train(commands)
     cli_audit.add_command(commands)
     cli_calc.add_command(commands)
+    cli_report.add_command(commands)
+    cli_doctor.add_command(commands)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         args.parser.error(f"unknown arguments {' '.join(unknown)}; see {args.parser.prog} --help")
@@ -126,9 +128,9 @@ def _train(args: argparse.Namespace) -> int:
     text = json.dumps(results.to_dict(), allow_nan=False)
     (out / "results.json").write_text(text + "\n", encoding="utf-8")
 
-    from sphereopt import report
+    from sphereopt.report import comparison
 
-    page = report.write(out)
+    page = comparison.write(out)
     if args.json:
         print(text)
     else:
@@ -213,7 +215,7 @@ def _print_table(results: Results, page: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sphereopt.report.summary import HEADER, arm_rows
+    from sphereopt.report.comparison.summary import HEADER, arm_rows
 
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:

@@ -12,8 +12,9 @@ pytest.importorskip("jinja2")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from sphereopt import report
 from sphereopt.cli import main
+from sphereopt.monitor import read_jsonl
+from sphereopt.report import comparison
 from sphereopt.train import loop
 
 FILES = {"sgd.jsonl", "free.jsonl", "fixed.jsonl", "results.json", "report.html"}
@@ -163,7 +164,7 @@ def test_interrupt_keeps_the_rows(monkeypatch, capsys, tmp_path):
     assert out == ""
     assert err.count("\n") == 1
     assert "interrupted" in err
-    rows = [json.loads(line) for line in (tmp_path / "sgd.jsonl").read_text().splitlines()]
+    rows = read_jsonl(tmp_path / "sgd.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
 
 
@@ -177,7 +178,8 @@ def test_divergence_is_one_line_and_exit_code_1(monkeypatch, capsys, tmp_path):
 
 
 def test_narrow_terminal(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(report, "write", lambda folder: folder / "report.html")  # saves a second
+    # Saves a second.
+    monkeypatch.setattr(comparison, "write", lambda folder: folder / "report.html")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for key, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "80"}.items():
         monkeypatch.setenv(key, value)

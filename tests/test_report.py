@@ -12,10 +12,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 pytest.importorskip("sklearn")
 
-from sphereopt import report
 from sphereopt.monitor import read_jsonl
-from sphereopt.report import figures
-from sphereopt.report.summary import arm_rows, layer_rows, number
+from sphereopt.report import comparison as report
+from sphereopt.report.comparison import figures
+from sphereopt.report.comparison.summary import arm_rows, layer_rows, number
 from sphereopt.report.svg import COLOURS, GRID, INK, to_svg
 from sphereopt.train import Config, train
 

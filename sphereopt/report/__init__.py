@@ -1,6 +1,8 @@
-"""Read a run's files, draw its figures, and write one page that shows them."""
+"""Read a run's log: its figures, what stands out in it, and one page that shows both."""
 
+from sphereopt.report import instruments
+from sphereopt.report.findings import Finding, findings
+from sphereopt.report.history import History, as_history
 from sphereopt.report.page import render, write
-from sphereopt.report.verdict import Finding, verdict
 
-__all__ = ["Finding", "render", "verdict", "write"]
+__all__ = ["Finding", "History", "as_history", "findings", "instruments", "render", "write"]

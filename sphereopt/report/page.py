@@ -1,141 +1,160 @@
-"""One HTML page that shows a comparison run, in one file, without a network."""
+"""One HTML page that shows a run, in one file, without a network."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sphereopt.monitor import read_jsonl
-from sphereopt.report import figures
-from sphereopt.report.summary import HEADER, arm_rows, layer_rows
+import numpy as np
+
+from sphereopt.report.data import curves_csv, data_link, layers_csv
+from sphereopt.report.drawing import LAYERS, ROWS
+from sphereopt.report.findings import Finding, findings, verdict
+from sphereopt.report.history import History, as_history
+from sphereopt.report.instruments import HEAT_MAP, INSTRUMENTS, Instrument, Log, draw, has, metric
+from sphereopt.report.layers import COLUMNS, filled_columns, layer_rows
+from sphereopt.report.rates import steady_words
+from sphereopt.report.series import middle
+from sphereopt.report.settings import groups_table, missing, runs_list
 from sphereopt.report.svg import to_svg
-from sphereopt.report.verdict import SAME, verdict
+from sphereopt.report.template import fill
+from sphereopt.report.words import number
 
 __all__ = ["render", "write"]
 
-Results = Mapping[str, Any]
-Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+#: Charts that come first; the others follow the table.
+_FIRST = ("norms", "angles", "grad-radial-share", "radial-share")
+_SHOWN_METRICS = 6
 
 
-def render(results: Results, rows: Rows) -> str:
-    """Return the page of a comparison run.
+def render(log: Log) -> str:
+    """Return the page of a run.
 
     Args:
-        results: Its results, as ``results.json`` holds them.
-        rows: Arm name to the rows of its JSONL file.
+        log: Path of a JSONL file, rows, or a :class:`~sphereopt.report.History`.
 
     Returns:
         An HTML document that refers to nothing outside of itself; light or dark as the reader has
-        it, printable, and readable on a phone.
+        it, printable, and readable on a phone. Its script sorts the table and marks lines; a
+        security policy lets no other script run and no request leave.
 
     Raises:
+        ValueError: If the log cannot be read, or has no row.
+        OSError: If the file is missing.
         ImportError: If jinja2 or matplotlib is missing; the extra ``report`` brings them.
     """
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    source = files("sphereopt.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    drawn = [
-        {"name": name, "caption": caption, "svg": Markup(to_svg(figure, name, label))}
-        for name, figure, label, caption in _figures(results, rows)
-    ]
-    return environment.from_string(source).render(
-        results=results,
-        verdict=verdict(results),
-        header=HEADER,
-        arms=arm_rows(results),
-        layers=layer_rows(results, rows),
-        first_step=next(iter(rows.values()))[0]["step"],
-        last_step=next(iter(rows.values()))[-1]["step"],
-        figures=drawn,
+    history = as_history(log)
+    if not len(history.steps) or not history.names:
+        raise ValueError(f"{history.source}: no parameter was logged, so there is nothing to show")
+    found = findings(history)
+    layers = layer_rows(history)
+    shown = filled_columns(layers)
+    first, more = _charts(history, found)
+    drawn = {chart["name"] for chart in (*first, *more)}
+    script = files("sphereopt.report").joinpath("run.js").read_text(encoding="utf-8")
+    return fill(
+        "sphereopt.report",
+        "run.html.jinja",
+        scripts=f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
+        script=Markup(script),
+        title=Path(history.source).name,
+        history=history,
+        verdict=verdict(history, found),
+        worst=found[0].severity if found else "good",
+        findings=[(finding, finding.chart in drawn) for finding in found],
+        first=first,
+        more=more,
+        apart=len(history.names) <= LAYERS,
+        columns=[COLUMNS[i] for i in shown],
+        layers=[[row[i] for i in shown] for row in layers],
+        steady=steady_words(history),
+        runs=runs_list(history),
+        groups=groups_table(history),
+        missing=missing(history),
+        downloads=[
+            ("layers.csv", "the table", data_link(layers_csv(layers))),
+            ("curves.csv", "the curves", data_link(curves_csv(history))),
+        ],
     )
 
 
-def write(folder: str | Path) -> Path:
-    """Write ``report.html`` from the files beside it.
+def write(log: Log, path: str | Path) -> Path:
+    """Write the page of a run to a file.
 
     Args:
-        folder: Holds ``results.json`` and the JSONL file of each arm.
+        log: Path of a JSONL file, rows, or a :class:`~sphereopt.report.History`.
+        path: The page; its folder is made.
 
     Returns:
         The path of the page.
 
     Raises:
-        OSError: If a file is missing, or the page cannot be written.
+        ValueError: If the log cannot be read, or has no row.
+        OSError: If the log is missing, or the page cannot be written.
         ImportError: If jinja2 or matplotlib is missing; the extra ``report`` brings them.
     """
-    folder = Path(folder)
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    rows = {name: read_jsonl(folder / f"{name}.jsonl") for name in results["arms"]}
-    path = folder / "report.html"
-    path.write_text(render(results, rows), encoding="utf-8")
+    text = render(log)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
-def _figures(results: Results, rows: Rows) -> list[tuple[str, Any, str, str]]:
-    """Return name, figure, label and caption of each figure."""
-    return [*_sphere_figures(results, rows), *_curve_figures(results)]
+def _charts(
+    history: History, found: Sequence[Finding]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the charts above the table and those below it."""
+    there = [one for one in INSTRUMENTS.values() if has(history, one)]
+    first = [_chart(history, one, found) for one in there if one.name in _FIRST]
+    if has(history, HEAT_MAP):
+        first.insert(min(2, len(first)), _chart(history, HEAT_MAP, ()))
+    more = [_chart(history, one, found) for one in there if one.name not in _FIRST]
+    return first, [*_metrics(history), *more]
 
 
-def _sphere_figures(results: Results, rows: Rows) -> list[tuple[str, Any, str, str]]:
-    count = results["sphere_count"]
-    same = results["arms"]["free"]["norm_gap"] < SAME
-    return [
-        (
-            "norms",
-            figures.norms(results),
-            "Norms of the spheres against steps",
-            f"Median norm of the {count} spheres; the bands hold half of them. The virtual radius "
-            f"of (b) {'lies on' if same else 'leaves'} the norm of (a). What (b) and (c) store "
-            "stays where it began. Calculated: the growth law and weight decay, step by step, from "
-            "(a)'s initial norms and the size of its gradients.",
-        ),
-        (
-            "layers",
-            figures.layers(results, rows),
-            "Norms of the layers in (a) and (b) against steps",
-            "Median over the spheres of each layer: the norm in (a), the virtual radius in (b).",
-        ),
-        (
-            "angles",
-            figures.angles(results),
-            "Angle per step against steps, as measured, calculated, and at equilibrium",
-            "How far a sphere turns in a step, mean over all spheres, at every logged step. Broad: "
-            "where it would be had the norms settled at each learning rate; thin: calculated with "
-            "the norms that follow late. The first steps, before the norms of (a) have grown, may "
-            "leave the frame.",
-        ),
+def _chart(history: History, one: Instrument, found: Sequence[Finding]) -> dict[str, Any]:
+    """Return a chart, in which the layers that findings speak of stand out."""
+    from markupsafe import Markup
+
+    alarming = [x for x in found if x.chart == one.name and x.severity in ("fault", "warning")]
+    figure = draw(history, one, list(dict.fromkeys(x.layers[0] for x in alarming)))
+    groups = -(-len(history.names) // ROWS) if one is HEAT_MAP else 1
+    grouped = f" Each row is the mean of {groups} neighbours." if groups > 1 else ""
+    return {
+        "name": one.name,
+        "title": one.title,
+        "reading": one.reading + grouped,
+        "wide": one is HEAT_MAP,
+        "svg": Markup(to_svg(figure, one.name, _label(history, one))),
+    }
+
+
+def _label(history: History, one: Instrument) -> str:
+    """Return a chart in words, for readers who cannot see it."""
+    rows = np.flatnonzero(np.isfinite(history.of(one.probe)).any(1))
+    ends = [
+        f"{number(middle(history.of(one.probe)[row]))} at step {history.steps[row]:,}"
+        for row in (rows[0], rows[-1])
     ]
+    return f"{one.title}: the median layer goes from {ends[0]} to {ends[1]}."
 
 
-def _curve_figures(results: Results) -> list[tuple[str, Any, str, str]]:
-    shown = f"{results['curve_images']:,}"
-    return [
-        (
-            "accuracy",
-            figures.accuracy(results),
-            "Test accuracy against steps",
-            f"Test images classified correctly, of {shown}. Evaluation uses BatchNorm's running "
-            "averages of past steps; in (a) the norms change meanwhile, so (a) and (b) may differ "
-            "here where their training does not.",
-        ),
-        (
-            "loss",
-            figures.loss(results),
-            "Training loss against steps",
-            "Training loss, label smoothing included, averaged over stretches of the run.",
-        ),
-        (
-            "gap",
-            figures.loss_gap(results),
-            "Difference of the training losses to that of (a), against steps",
-            "Largest difference to (a)'s training loss in each stretch. (b) would be at zero in "
-            "exact arithmetic and with a norm eps of zero.",
-        ),
-    ]
+def _metrics(history: History) -> Iterator[dict[str, Any]]:
+    from markupsafe import Markup
+
+    for i, name in enumerate(list(history.metrics)[:_SHOWN_METRICS]):
+        if np.isfinite(history.metrics[name]).any():
+            chart = f"metric-{i}"
+            yield {
+                "name": chart,
+                "title": name,
+                "reading": "As it was given to the tracker, averaged over stretches of the run.",
+                "wide": False,
+                "svg": Markup(to_svg(metric(history, name), chart, f"{name} against steps")),
+            }

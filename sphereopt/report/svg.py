@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["COLOURS", "GRID", "INK", "to_svg"]
 
 #: Colours that :func:`to_svg` turns into what the page's style sheet says, light or dark.
-INK, GRID = "#010203", "#040506"
+INK, GRID = "#1b1f25", "#d5dae1"
 #: Okabe and Ito's colours that all readers can tell apart, one per arm.
 COLOURS = {"sgd": "#0072b2", "free": "#e69f00", "fixed": "#009e73"}
 _STYLE = {INK: "currentColor", GRID: "var(--grid)"} | {
@@ -40,7 +41,12 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with (
+        mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}),
+        warnings.catch_warnings(),
+    ):
+        # The reader's browser draws the text, and has more glyphs than matplotlib's font.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -49,6 +55,8 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    # A hundredth of a point is less than a screen shows, and half of the page's size.
+    text = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     for colour, style in _STYLE.items():
         text = text.replace(colour, style)
     head, _, rest = text.partition(">")

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -21,7 +21,7 @@ import sphereopt
 from sphereopt import spheres
 from sphereopt.detect import SphereReport, find_spheres
 from sphereopt.groups import param_groups
-from sphereopt.monitor import read_jsonl, track
+from sphereopt.monitor import Tracker, read_jsonl, track
 from sphereopt.train.arms import ARMS, Arm, set_lr
 from sphereopt.train.config import FLOOR, MOMENTUM, SMOOTHING, Config, OptionError, predicted_angle
 from sphereopt.train.data import Dataset, load
@@ -191,11 +191,12 @@ def _run(race: _Race, arm: Arm, out: Path, progress: Progress | None) -> _Run:
     path = out / f"{arm.name}.jsonl"
     path.unlink(missing_ok=True)
     log = _Log(race, model, optimizer)
-    with track(optimizer, path, every=race.log_every):
+    options = {key: str(x) for key, x in asdict(config).items()}
+    with track(optimizer, path, every=race.log_every, config=options) as tracker:
         for step, batch in enumerate(_batches(len(data.train_images), config), 1):
             set_lr(optimizer, step - 1, config)
             images = data.normalized(data.train_images[batch], race.dtype)
-            loss = _step(model, optimizer, images, data.train_labels[batch])
+            loss = _step(model, optimizer, images, data.train_labels[batch], tracker)
             if not math.isfinite(loss):
                 raise DivergedError(
                     f"the loss of arm ({arm.letter}) is {loss} at step {step}; use a smaller lr "
@@ -260,10 +261,13 @@ def _forecast(race: _Race, first: _Run) -> list[ForecastPoint]:
     return forecast(race.config, first.stored[0], steps, first.grad_norms)
 
 
-def _step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> float:
+def _step(
+    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, tracker: Tracker
+) -> float:
     optimizer.zero_grad()
     loss = cross_entropy(model(images), labels, label_smoothing=SMOOTHING)
     torch.autograd.backward(loss)
+    tracker.log(loss=loss)
     optimizer.step()
     return loss.item()
 

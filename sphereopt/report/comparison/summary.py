@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sphereopt.report.words import number
+
 __all__ = ["HEADER", "arm_rows", "layer_rows", "number"]
 
 Results = Mapping[str, Any]
@@ -20,18 +22,6 @@ HEADER = (
     "predicted",
     "|loss − loss(a)|",
 )
-
-
-def number(value: float) -> str:
-    """Return a number with three digits, small ones in powers of ten.
-
-    Example:
-        >>> number(0.0187312), number(2.51e-12), number(0.0)
-        ('0.0187', '2.5e-12', '0')
-    """
-    if value == 0:
-        return "0"
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def arm_rows(results: Results) -> list[tuple[str, ...]]:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sphereopt.report.svg import COLOURS, GRID, INK
+from sphereopt.report.axes import make_axes, with_legend
+from sphereopt.report.svg import COLOURS, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ def norms(results: Results) -> Figure:
     Returns:
         Medians over all spheres, with the quartiles as a band, and the calculator's for (a).
     """
-    figure, axes = _axes("norm of a sphere")
+    figure, axes = make_axes("norm of a sphere")
     _calculated(axes, results, "norm")
     for name, arm in results["arms"].items():
         steps = [point["step"] for point in arm["norms"]]
@@ -48,7 +49,7 @@ def norms(results: Results) -> Figure:
             if kind == "stored" and name != "free":
                 axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
     axes.set_ylim(bottom=0)
-    return _finished(figure, axes)
+    return with_legend(figure, axes)
 
 
 def angles(results: Results) -> Figure:
@@ -60,7 +61,7 @@ def angles(results: Results) -> Figure:
     Returns:
         Means over all spheres at the logged steps.
     """
-    figure, axes = _axes("angle per step (rad)")
+    figure, axes = make_axes("angle per step (rad)")
     _calculated(axes, results, "angle")
     # Broad and pale, so that an arm that turns exactly so can be seen on it.
     label = "at equilibrium"
@@ -73,7 +74,7 @@ def angles(results: Results) -> Figure:
         axes.plot(*_columns(arm["angles"]), label=f"({arm['letter']})", **style)
     # The first steps, before the norms have grown, would flatten all that follows.
     axes.set_ylim(0, 1.1 * top)
-    return _finished(figure, axes)
+    return with_legend(figure, axes)
 
 
 def layers(results: Results, rows: Rows) -> Figure:
@@ -86,7 +87,7 @@ def layers(results: Results, rows: Rows) -> Figure:
     Returns:
         Medians over the layer's spheres, each line named at its end.
     """
-    figure, axes = _axes("norm of a sphere, by layer")
+    figure, axes = make_axes("norm of a sphere, by layer")
     for arm in ("sgd", "free"):
         steps = [row["step"] for row in rows[arm]]
         for name in results["spheres"]:
@@ -97,7 +98,7 @@ def layers(results: Results, rows: Rows) -> Figure:
                 axes.annotate(name, end, (4, -3), textcoords="offset points", color=INK, size=8)
         axes.lines[-1].set_label(f"({results['arms'][arm]['letter']})")
     axes.set_ylim(bottom=0)
-    return _finished(figure, axes)
+    return with_legend(figure, axes)
 
 
 def accuracy(results: Results) -> Figure:
@@ -109,7 +110,7 @@ def accuracy(results: Results) -> Figure:
     Returns:
         Percent against steps.
     """
-    figure, axes = _axes("test accuracy (%)")
+    figure, axes = make_axes("test accuracy (%)")
     lowest = 100.0
     for name, arm in results["arms"].items():
         steps, shares = _columns(arm["accuracy"])
@@ -117,7 +118,7 @@ def accuracy(results: Results) -> Figure:
         lowest = min([lowest, *values[len(values) // 5 :]])
         axes.plot(steps, values, label=f"({arm['letter']})", **_style(name))
     axes.set_ylim(max(0.0, lowest - 0.2 * (100 - lowest) - 1), 100.5)
-    return _finished(figure, axes)
+    return with_legend(figure, axes)
 
 
 def loss(results: Results) -> Figure:
@@ -129,7 +130,7 @@ def loss(results: Results) -> Figure:
     Returns:
         Means over bins of steps.
     """
-    figure, axes = _axes("training loss")
+    figure, axes = make_axes("training loss")
     for name, arm in results["arms"].items():
         bins = _bins(arm["loss"], 100)
         steps = [end for end, _ in bins]
@@ -138,7 +139,7 @@ def loss(results: Results) -> Figure:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
-    return _finished(figure, axes)
+    return with_legend(figure, axes)
 
 
 def loss_gap(results: Results) -> Figure:
@@ -150,7 +151,7 @@ def loss_gap(results: Results) -> Figure:
     Returns:
         The largest difference in each bin of steps, on a logarithmic axis.
     """
-    figure, axes = _axes("|loss − loss of (a)|")
+    figure, axes = make_axes("|loss − loss of (a)|")
     reference = results["arms"]["sgd"]["loss"]
     widest = 0.0
     for name, arm in list(results["arms"].items())[1:]:
@@ -163,24 +164,7 @@ def loss_gap(results: Results) -> Figure:
         widest = max(widest, *gaps)
     if widest > 0:
         axes.set_yscale("log")
-    return _finished(figure, axes)
-
-
-def _axes(ylabel: str) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6, 3.1), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel("step", color=INK)
-    axes.set_ylabel(ylabel, color=INK)
-    axes.tick_params(which="both", color=GRID, labelcolor=INK, labelsize=9)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GRID)
-    axes.margins(x=0.02)
-    return figure, axes
+    return with_legend(figure, axes)
 
 
 def _calculated(axes: Axes, results: Results, what: str) -> None:
@@ -188,20 +172,6 @@ def _calculated(axes: Axes, results: Results, what: str) -> None:
     steps = [point["step"] for point in results["forecast"]]
     values = [point[what] for point in results["forecast"]]
     axes.plot(steps, values, label="calculated for (a)", color=INK, linewidth=1.2, zorder=3)
-
-
-def _finished(figure: Figure, axes: Axes) -> Figure:
-    axes.legend(
-        frameon=False,
-        labelcolor=INK,
-        fontsize=9,
-        ncols=3 if len(axes.get_legend_handles_labels()[1]) <= 3 else 2,
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        handlelength=2.6,
-        borderaxespad=0.2,
-    )
-    return figure
 
 
 def _style(arm: str) -> dict[str, Any]:

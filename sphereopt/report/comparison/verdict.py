@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sphereopt.report.summary import number
+from sphereopt.report.comparison.summary import number
 
 __all__ = ["Finding", "verdict"]
 

@@ -1,0 +1,38 @@
+"""The templates of the pages, which share one style sheet."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+__all__ = ["fill"]
+
+
+def fill(package: str, name: str, **values: Any) -> str:
+    """Return a page: a template of a package, in the frame that all pages share.
+
+    Args:
+        package: The package that holds the template.
+        name: Its file.
+        **values: What the template shows; all text is escaped.
+
+    Returns:
+        The HTML document.
+
+    Raises:
+        ImportError: If jinja2 is missing; the extra ``report`` brings it.
+    """
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
+    texts = {
+        file: files(where).joinpath(file).read_text(encoding="utf-8")
+        for where, file in (("sphereopt.report", "base.html.jinja"), (package, name))
+    }
+    environment = Environment(
+        loader=DictLoader(texts),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name).render(**values)
