@@ -1,5 +1,6 @@
 """The code in README and docs runs."""
 
+import json
 import re
 import shlex
 import sys
@@ -70,6 +71,31 @@ def test_the_tracking_page_names_every_probe():
     table = set(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE))
     named = {name.strip("` ") for cell in table for name in cell.split(",")}
     assert {*so.monitor.PROBES, "diffusive_angle"} <= named
+
+
+def test_the_cost_on_the_tracking_page_is_what_was_measured():
+    found = json.loads((ROOT / "docs/results/tracker_overhead.json").read_text())["results"]
+    page = (ROOT / "docs/tracking.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    table = {row[0].strip("| "): row[1:] for row in rows if row[-1].rstrip(" |").endswith("%")}
+    wanted = {
+        "of a training step, 224 px: every step logged": "224 px: every step (%)",
+        "of a training step, 64 px: every step logged": "64 px: every step (%)",
+        "kept between steps, of the model": "kept (% of the model)",
+        "peak of a logged step": "peak of a logged step (% of the model)",
+    }
+    for row, key in wanted.items():
+        for cell, name in zip(table[row], found, strict=True):
+            assert float(cell.split()[0]) == pytest.approx(found[name][key], abs=0.0501), (
+                row,
+                name,
+            )
+    ours = [x for name, x in found.items() if name.startswith("Sphere")]
+    assert all(x["224 px: every step (%)"] < 1 for x in ours)
+    assert all(
+        x["peak of a logged step (% of the model)"] - x["peak of a step (% of the model)"] < 1
+        for x in ours
+    )
 
 
 def test_detection_page(tmp_path, monkeypatch):
