@@ -228,6 +228,11 @@ def test_fixed_spheres_have_no_equilibrium_but_an_angle():
         (torch.optim.Adam, {"weight_decay": 0.1}, {"equilibrium_norm", "K_measured", "growth_law"}),
         (torch.optim.AdamW, {"amsgrad": True}, {"equilibrium_norm", "K_measured", "growth_law"}),
         (torch.optim.RMSprop, {"weight_decay": 0.1}, {"equilibrium_angle", "growth_law"}),
+        (
+            so.SphereAdam,
+            {"weight_decay": 0.1, "radius": "free", "second_moment": "sphere"},
+            {"equilibrium_norm", "K_measured", "growth_law"},
+        ),
         (torch.optim.SGD, {"weight_decay": 0.0}, {"equilibrium_angle", "K_measured"}),
         (torch.optim.SGD, {"weight_decay": 30.0}, {"equilibrium_angle", "K_measured"}),
     ],
@@ -236,6 +241,22 @@ def test_what_the_calculator_does_not_cover_is_left_out(optimizer, options, miss
     entries, _ = run(lambda p: optimizer(p, LR, **options), steps=3)
     assert not missing & set(entries[-1])
     assert {"norm", "angle", "growth", "scaled_grad_norm"} <= set(entries[-1])
+
+
+def test_muons_law_is_for_its_matrices_and_not_for_what_adam_steps_beside_them():
+    w, v = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(9))
+    optimizer, rows = (
+        so.SphereMuon([("w", w), ("v", v)], 0.1, 0.1, sphere="tensor", radius="free"),
+        [],
+    )
+    with so.track(optimizer, rows.append):
+        w.grad, v.grad = torch.randn(6, 8), torch.randn(9)
+        optimizer.step()
+    entries = rows[0]["parameters"]
+    assert {"equilibrium_norm", "K_measured"} <= set(entries["w"])
+    assert not {"equilibrium_norm", "K_measured"} & set(entries["v"])
+    settled = so.theory.equilibrium("muon", lr=0.1, weight_decay=0.1, shape=(6, 8))
+    assert entries["w"]["equilibrium_norm"]["mean"] == pytest.approx(settled.norm, rel=1e-6)
 
 
 def test_weights_on_spheres_by_choice_get_no_prediction():

@@ -1,6 +1,5 @@
 """Traps of other libraries, in what a step reads: norms of rounded weights, numbers of a device."""
 
-from itertools import chain
 from unittest.mock import patch
 
 import pytest
@@ -8,9 +7,8 @@ import torch
 from literature_optimizers import ROWS as PUBLISHED
 from optimizers import ROWS, Row
 from peers import peer
+from readings import Readings
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import sphereopt as so
 from sphereopt.geometry import norm
@@ -24,31 +22,6 @@ POLICIES = [
     {"move": "rotate", "transport": "project"},
     {"radius": "free", "weight_decay": 0.1},
 ]
-
-
-class Readings(TorchDispatchMode):
-    """Counts reads by Python of what comes from given tensors: on a GPU each is a wait."""
-
-    def __init__(self, sources):
-        super().__init__()
-        self._kept = list(sources)  # alive, so that no other tensor takes their place in memory
-        self._places = {x.untyped_storage().data_ptr() for x in self._kept}
-        self.count = 0
-
-    def _comes_from(self, tensors):
-        return any(x.untyped_storage().data_ptr() in self._places for x in tensors)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        taken = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        found = func(*args, **(kwargs or {}))
-        if self._comes_from(taken):
-            if func is torch.ops.aten._local_scalar_dense.default:
-                self.count += 1
-            # Operations on lists return nothing and write to what they were given.
-            made = [x for x in chain(taken, tree_leaves(found)) if isinstance(x, torch.Tensor)]
-            self._kept += made
-            self._places |= {x.untyped_storage().data_ptr() for x in made}
-        return found
 
 
 def reads(optimizer, params):
