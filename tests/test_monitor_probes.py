@@ -259,6 +259,21 @@ def test_muons_law_is_for_its_matrices_and_not_for_what_adam_steps_beside_them()
     assert entries["w"]["equilibrium_norm"]["mean"] == pytest.approx(settled.norm, rel=1e-6)
 
 
+def test_weights_that_constrain_holds_have_no_growth_to_expect():
+    """Torch's step would let them grow; the hooks take that back before the tracker looks."""
+    w = nn.Parameter(torch.randn(4, 50, dtype=torch.float64))
+    optimizer = torch.optim.SGD([{"params": [("w", w)], "sphere": "row"}], 0.1, momentum=0.9)
+    rows, generator = [], torch.Generator().manual_seed(1)  # seed 0 has drawn w
+    with so.constrain(optimizer), so.track(optimizer, rows.append):
+        for _ in range(20):
+            w.grad = noise(w.detach(), generator)
+            optimizer.step()
+    entry = rows[-1]["parameters"]["w"]
+    assert entry["growth"]["max"] == 0
+    assert not {"growth_law", "equilibrium_norm", "equilibrium_angle"} & set(entry)
+    assert not [x for x in so.report.findings(rows) if x.severity in ("fault", "warning")]
+
+
 def test_weights_on_spheres_by_choice_get_no_prediction():
     w = nn.Parameter(torch.randn(3, 4))
     group = {"params": [("w", w)], "sphere": "row", "kind": "constrained"}

@@ -14,6 +14,7 @@ from sphereopt import products, spheres
 from sphereopt.moves import Gram, _root
 from sphereopt.optim._checks import parameter_name, units
 from sphereopt.optim._reading import Pull, Reading
+from sphereopt.optim.constrain import Constraint
 from sphereopt.radius import Travel
 
 __all__ = ["Around", "around", "whole"]
@@ -32,6 +33,7 @@ class Around:
         group: Their group.
         params: The parameters.
         copies: What they were.
+        free: Their norm may change; False where ``constrain`` holds it.
     """
 
     optimizer: type[Optimizer]
@@ -39,6 +41,7 @@ class Around:
     group: dict[str, Any]
     params: list[Tensor]
     copies: list[Tensor]
+    free: bool
 
     def readings(self) -> Iterator[Reading]:
         """Yield the readings of the step, from the weights around it."""
@@ -78,7 +81,7 @@ class Around:
             pull=Pull(wg, products.square(grads), per_lr * sg, ww),
             lr=lr,
             homogeneity=1 if issubclass(self.optimizer, torch.optim.SGD) else 0,
-            free=True,
+            free=self.free,
         )
 
 
@@ -92,7 +95,7 @@ def around(optimizer: Optimizer, keep: Callable[[str], bool]) -> list[Around]:
     Returns:
         One entry for each parameter, or joint sphere, on spheres.
     """
-    found = []
+    found, held = [], _held(optimizer)
     for index, group in enumerate(optimizer.param_groups):
         if group.get("sphere") is None:
             continue
@@ -100,8 +103,16 @@ def around(optimizer: Optimizer, keep: Callable[[str], bool]) -> list[Around]:
             name = parameter_name(group, index, start, len(params))
             if keep(name) and all(p.requires_grad for p in params):
                 copies = [p.detach().clone() for p in params]
-                found.append(Around(type(optimizer), name, group, params, copies))
+                free = name not in held
+                found.append(Around(type(optimizer), name, group, params, copies, free))
     return found
+
+
+def _held(optimizer: Optimizer) -> set[str]:
+    """Return the parameters that ``constrain`` holds on their spheres, by its hooks."""
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return {name for owner in owners if isinstance(owner, Constraint) for name in owner.radius}
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class Tracker:
         if self.steps not in self._schedule:
             return
         if self._skipped is not None:
-            made = isinstance(found, Tensor) and not found.any()
+            made = not (isinstance(found, Tensor) and bool(found.any()))
             self.steps -= round(float(self._skipped))
             self._skipped = None
             if not made:
