@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sphereopt import cli_audit, cli_calc, cli_doctor, cli_report
+from sphereopt import cli_audit, cli_calc, cli_diff, cli_doctor, cli_report
 from sphereopt.cli_values import real
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 3 for a model that could not be analysed in full,
-        130 for a command that was interrupted.
+        The exit code: 0, 1 for a run that failed, two runs that differ or a machine where training
+        does not work, 3 for a model that could not be analysed in full, 130 for a command that was
+        interrupted.
 
     Raises:
         SystemExit: With code 2 and one line on stderr if an option cannot be used.
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli_audit.add_command(commands)
     cli_calc.add_command(commands)
     cli_report.add_command(commands)
+    cli_diff.add_command(commands)
     cli_doctor.add_command(commands)
     args, unknown = parser.parse_known_args(argv)
     if unknown:

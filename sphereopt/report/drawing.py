@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["LAYERS", "ROWS", "draw_heat_map", "draw_lines", "draw_metric", "grouped"]
+__all__ = ["LAYERS", "ROWS", "draw_heat_map", "draw_lines", "draw_metric"]
+__all__ += ["as_columns", "count_steps", "grouped", "marks", "name_rows", "set_scale"]
 
 #: Layers drawn one by one; more than that make a chart a blot and a page slow.
 LAYERS = 120
@@ -40,7 +41,7 @@ def draw_lines(
 ) -> Figure:
     """Draw a probe of all layers; see :func:`sphereopt.report.instruments.draw`."""
     figure, axes = make_axes(unit)
-    _count_steps(axes)
+    count_steps(axes)
     values = history.of(probe)
     steps, lines = _thinned(history, values, _POINTS)
     if zero is not None:
@@ -51,7 +52,7 @@ def draw_lines(
     if not single and values.shape[1] <= LAYERS:
         _draw_each(axes, history, values)
     label = "median of its spheres" if single else "median layer"
-    bold = axes.plot(steps, middle, color=_MEASURED, linewidth=2, label=label, **_marks(steps))
+    bold = axes.plot(steps, middle, color=_MEASURED, linewidth=2, label=label, **marks(steps))
     bold[0].set_gid("layer-0" if single else "median")
     seen = [lines, low[:, None], high[:, None]]
     if beside is not None and np.isfinite(history.values.get(beside, np.array(np.nan))).any():
@@ -59,15 +60,15 @@ def draw_lines(
         when, settled = _thinned(history, each, _POINTS)
         expected = quantiles(settled, (0.5,))[0]
         style: Any = {"color": _EXPECTED, "linewidth": 1.8, "linestyle": (0, (5, 2.5))}
-        axes.plot(when, expected, label="expected", zorder=3, **style, **_marks(when))
+        axes.plot(when, expected, label="expected", zorder=3, **style, **marks(when))
         seen.append(expected[:, None])
     apart = [name for name in mark if name in history.names and not single]
     for name, dashes in zip(apart, _DASHES, strict=False):
         line = lines[:, history.names.index(name)]
-        style = {"color": _APART, "linewidth": 1.6, "label": _short(name), **_marks(steps)}
+        style = {"color": _APART, "linewidth": 1.6, "label": _short(name), **marks(steps)}
         style["linestyle"] = dashes
         axes.plot(steps, line, **style)
-    _scale(axes, np.concatenate([x.ravel() for x in seen]), zero)
+    set_scale(axes, np.concatenate([x.ravel() for x in seen]), zero)
     return with_legend(figure, axes)
 
 
@@ -77,7 +78,7 @@ def _draw_each(axes: Axes, history: History, values: Array) -> None:
     width, alpha = (0.8, 0.45) if values.shape[1] <= 40 else (0.6, 0.3)
     for i in range(values.shape[1]):
         label = "each layer" if i == 0 else None
-        style: Any = {"linewidth": width, "alpha": alpha, "label": label, **_marks(steps)}
+        style: Any = {"linewidth": width, "alpha": alpha, "label": label, **marks(steps)}
         drawn = axes.plot(steps, lines[:, i], color=_MEASURED, **style)
         drawn[0].set_gid(f"layer-{i}")
 
@@ -101,12 +102,12 @@ def _thinned(history: History, values: Array, count: int) -> tuple[Array, Array]
     return averaged(history.steps[there].astype(float), starts), averaged(values[there], starts)
 
 
-def _marks(steps: Array) -> dict[str, Any]:
+def marks(steps: Array) -> dict[str, Any]:
     """Return what makes a log of one step visible."""
     return {"marker": "o", "markersize": 4} if len(steps) == 1 else {}
 
 
-def _count_steps(axes: Axes) -> None:
+def count_steps(axes: Axes) -> None:
     """Number steps, which are whole, as people write them."""
     from matplotlib.ticker import MaxNLocator
 
@@ -115,7 +116,7 @@ def _count_steps(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(plain)
 
 
-def _scale(axes: Axes, values: Array, zero: float | None) -> None:
+def set_scale(axes: Axes, values: Array, zero: float | None) -> None:
     """Choose the vertical scale: around zero, logarithmic, or from zero."""
     values = values[np.isfinite(values)]
     if not values.size:
@@ -150,12 +151,12 @@ def draw_heat_map(history: History, probe: str, unit: str) -> Figure:
     values = history.of(probe)
     with np.errstate(divide="ignore", invalid="ignore"):
         logs, size = grouped(np.log(np.where(values > 0, values, np.nan)), ROWS)
-    edges, cells = _columns(history.steps.astype(float), logs)
+    edges, cells = as_columns(history.steps.astype(float), logs)
     shown = np.exp(cells.T)
     rows = shown.shape[0]
     figure, axes = make_axes("", (9.6, min(8.0, 1.5 + 0.2 * max(rows, 4))))
     axes.grid(visible=False)
-    _count_steps(axes)
+    count_steps(axes)
     found = shown[np.isfinite(shown)]
     low, high = (found.min(), found.max()) if found.size else (1.0, 1.0)
     # Rates that a schedule takes to zero would use up the colours.
@@ -168,7 +169,7 @@ def draw_heat_map(history: History, probe: str, unit: str) -> Figure:
         interpolation="none",
         extent=(edges[0], edges[1], rows - 0.5, -0.5),
     )
-    _name_rows(axes, history.names, rows, size)
+    name_rows(axes, history.names, rows, size)
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30)
     bar.set_label(unit, color=INK)
     bar.ax.tick_params(which="both", colors=INK, labelsize=8)
@@ -176,7 +177,7 @@ def draw_heat_map(history: History, probe: str, unit: str) -> Figure:
     return figure
 
 
-def _columns(steps: Array, values: Array) -> tuple[tuple[float, float], Array]:
+def as_columns(steps: Array, values: Array) -> tuple[tuple[float, float], Array]:
     """Return first and last edge, and values at columns of equal width in steps."""
     first, last = float(steps[0]), float(steps[-1])
     count = min(_COLUMNS, len(steps))
@@ -190,7 +191,7 @@ def _columns(steps: Array, values: Array) -> tuple[tuple[float, float], Array]:
     return (first, last if last > first else first + 1), cells
 
 
-def _name_rows(axes: Axes, names: tuple[str, ...], rows: int, size: int) -> None:
+def name_rows(axes: Axes, names: tuple[str, ...], rows: int, size: int) -> None:
     """Write names where they fit, and which layers of a group otherwise."""
     every = -(-rows // 38)
     at = range(0, rows, every)
@@ -210,12 +211,12 @@ def _short(name: str) -> str:
 def draw_metric(history: History, name: str) -> Figure:
     """Draw one metric; see :func:`sphereopt.report.instruments.metric`."""
     figure, axes = make_axes(_short(name))
-    _count_steps(axes)
+    count_steps(axes)
     there = np.isfinite(history.metrics[name])
     if there.any():
         starts = parts(int(there.sum()), _POINTS)
         steps = averaged(history.steps[there].astype(float), starts)
         line = averaged(history.metrics[name][there], starts)
-        axes.plot(steps, line, color=_MEASURED, linewidth=1.6, **_marks(steps))
-        _scale(axes, line, None)
+        axes.plot(steps, line, color=_MEASURED, linewidth=1.6, **marks(steps))
+        set_scale(axes, line, None)
     return figure

@@ -7,6 +7,9 @@ from typing import Any
 
 __all__ = ["fill"]
 
+#: The frame of all pages, that of the pages on logs, and what these have in common.
+_SHARED = ("base.html.jinja", "log.html.jinja", "parts.html.jinja")
+
 
 def fill(package: str, name: str, **values: Any) -> str:
     """Return a page: a template of a package, in the frame that all pages share.
@@ -24,9 +27,10 @@ def fill(package: str, name: str, **values: Any) -> str:
     """
     from jinja2 import DictLoader, Environment, StrictUndefined
 
+    shared = [("sphereopt.report", file) for file in _SHARED]
     texts = {
         file: files(where).joinpath(file).read_text(encoding="utf-8")
-        for where, file in (("sphereopt.report", "base.html.jinja"), (package, name))
+        for where, file in (*shared, (package, name))
     }
     environment = Environment(
         loader=DictLoader(texts),
