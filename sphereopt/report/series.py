@@ -108,8 +108,8 @@ def smoothed(values: Array) -> Array:
         return values
     first = np.repeat(values[:1], width - 1, axis=0)
     windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([first, values]), width, 0)
-    # From the row itself backwards.
-    spread = windows[..., :: -(-(-width // _COUNTED))]
+    every = (width + _COUNTED - 1) // _COUNTED
+    spread = windows[..., ::-every]  # from the row itself backwards
     result = np.empty(values.shape)
     for column in range(values.shape[1]):
         result[:, column] = quantiles(spread[:, column], (0.5,))[0]
