@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from sphereopt.report.rates import steady_words
 from sphereopt.report.series import middle
 from sphereopt.report.settings import groups_table, missing, runs_list
 from sphereopt.report.svg import to_svg
-from sphereopt.report.template import fill
+from sphereopt.report.template import fill, our_script
 from sphereopt.report.words import number
 
 __all__ = ["render", "write"]
@@ -47,8 +44,6 @@ def render(log: Log) -> str:
         OSError: If the file is missing.
         ImportError: If jinja2 or matplotlib is missing; the extra ``report`` brings them.
     """
-    from markupsafe import Markup
-
     history = as_history(log)
     if not len(history.steps) or not history.names:
         raise ValueError(f"{history.source}: no parameter was logged, so there is nothing to show")
@@ -57,12 +52,10 @@ def render(log: Log) -> str:
     shown = filled_columns(layers)
     first, more = _charts(history, found)
     drawn = {chart["name"] for chart in (*first, *more)}
-    script = files("sphereopt.report").joinpath("run.js").read_text(encoding="utf-8")
     return fill(
         "sphereopt.report",
         "run.html.jinja",
-        scripts=f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
-        script=Markup(script),
+        **our_script(),
         title=Path(history.source).name,
         history=history,
         verdict=verdict(history, found),

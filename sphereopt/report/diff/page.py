@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from sphereopt.report.drawing import ROWS
 from sphereopt.report.instruments import HEAT_MAP, INSTRUMENTS, Log
 from sphereopt.report.layers import Cell
 from sphereopt.report.svg import to_svg
-from sphereopt.report.template import fill
+from sphereopt.report.template import fill, our_script
 
 __all__ = ["render_diff", "write_diff"]
 
@@ -50,15 +47,11 @@ def render_diff(found: Diff) -> str:
     Raises:
         ImportError: If jinja2 or matplotlib is missing; the extra ``report`` brings them.
     """
-    from markupsafe import Markup
-
-    script = files("sphereopt.report").joinpath("run.js").read_text(encoding="utf-8")
     columns, layers = _table(found)
     return fill(
         "sphereopt.report.diff",
         "page.html.jinja",
-        scripts=f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
-        script=Markup(script),
+        **our_script(),
         title=" and ".join(Path(log.source).name for log in (found.a, found.b)),
         logs=[(run, log.source, about(log)) for run, log in (("a", found.a), ("b", found.b))],
         found=found,
