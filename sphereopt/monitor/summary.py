@@ -39,6 +39,7 @@ class Summary:
     ) -> None:
         self._probes, self._keep = probes, keep
         self._waiting: list[Reading] = []
+        self._spheres = 0
         self._about: dict[str, dict[str, Any]] = {}
         # By parameter, and by what was measured of its spheres.
         self._tables: dict[tuple[str, tuple[str, ...]], list[Tensor]] = {}
@@ -57,7 +58,8 @@ class Summary:
         if self._waiting and not _alike(self._waiting[0], reading):
             self._evaluate()
         self._waiting.append(reading)
-        if sum(sum(x.counts) for x in self._waiting) >= _WAITING:
+        self._spheres += sum(reading.counts)
+        if self._spheres >= _WAITING:
             self._evaluate()
 
     def add(self, name: str, group: Mapping[str, Any], key: str, values: Tensor) -> None:
@@ -76,7 +78,8 @@ class Summary:
         """Evaluate the probes on the readings that wait."""
         if not self._waiting:
             return
-        reading, self._waiting = joined(self._waiting), []
+        reading = joined(self._waiting)
+        self._waiting, self._spheres = [], 0
         known = {}
         for key, probe in self._probes.items():
             value = probe(reading)

@@ -75,7 +75,8 @@ def aligned(a: History, b: History) -> Aligned:
         [30, 60, 90]
     """
     first, last = max(a.steps[0], b.steps[0]), min(a.steps[-1], b.steps[-1])
-    names = tuple(name for name in a.names if name in set(b.names))
+    others = set(b.names)
+    names = tuple(name for name in a.names if name in others)
     inside = [x[(x >= first) & (x <= last)] for x in (a.steps, b.steps)]
     sparser = min(inside, key=len)
     common = np.intersect1d(a.steps, b.steps)

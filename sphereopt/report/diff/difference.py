@@ -188,8 +188,8 @@ def diff(a: Log, b: Log, *, tolerance: float = TOLERANCE) -> Diff:
         same=None,
         verdict=(),
         changes=changes(one, two, on),
-        only_a=tuple(name for name in one.names if name not in set(two.names)),
-        only_b=tuple(name for name in two.names if name not in set(one.names)),
+        only_a=_only(one, two),
+        only_b=_only(two, one),
         layers=layers,
         metrics=_metrics(one, two, on, tolerance),
         steps=(len(on.steps), int(on.steps[0]), int(on.steps[-1])) if len(on.steps) else (0, 0, 0),
@@ -197,6 +197,11 @@ def diff(a: Log, b: Log, *, tolerance: float = TOLERANCE) -> Diff:
     )
     found = replace(found, same=_same(found, equal))
     return replace(found, verdict=tuple(verdict(found, on))[:_SENTENCES])
+
+
+def _only(one: History, other: History) -> tuple[str, ...]:
+    others = set(other.names)
+    return tuple(name for name in one.names if name not in others)
 
 
 def _layers(
