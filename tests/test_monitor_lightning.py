@@ -258,6 +258,14 @@ def test_two_optimizers_count_their_own_steps(monitored, tmp_path):
         assert all(row["metrics"][part] > 0 for row in rows)
 
 
+def test_an_optimizer_of_which_nothing_is_logged_is_left_alone(tmp_path):
+    rows = []
+    monitor = NormMonitor(rows.append, names="b.*")
+    trainer = trainer_of(tmp_path, max_epochs=1, callbacks=[monitor])
+    trainer.fit(Pair(OPTIMIZERS["SphereAdam"]), loader())
+    assert [set(row["parameters"]) for row in rows] == [{"b.0.weight"}] * 2
+
+
 def test_of_two_processes_one_writes(tmp_path):
     # Both see the same batches, and the mean of two equal gradients is that gradient.
     options = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}

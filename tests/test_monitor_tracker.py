@@ -46,7 +46,6 @@ def test_schedules_that_mean_nothing_are_refused(every):
         (["3.*"], None, {"3.weight + 3.bias"}),
         (None, "*bias", {"0.weight"}),
         (lambda name: "+" in name, None, {"3.weight + 3.bias"}),
-        ("*", lambda name: True, set()),
     ],
 )
 def test_parameters_are_chosen_by_name(kind, names, skip, left):
@@ -57,6 +56,16 @@ def test_parameters_are_chosen_by_name(kind, names, skip, left):
         step(model, optimizer)
     assert [set(row["parameters"]) for row in rows] == [left, left]
     assert all("diffusive_angle" in entry for entry in rows[1]["parameters"].values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_that_leave_nothing_are_refused_with_what_there_is(kind):
+    _, groups = model_and_groups()
+    optimizer = kind(groups, lr=0.1)
+    with pytest.raises(ValueError, match=r"names='0\.weigth', .* did you mean '0\.weight'\?"):
+        so.track(optimizer, [].append, names="0.weigth")
+    with pytest.raises(ValueError, match=r"skip='\*' leave nothing to log; there are 0\.weight, 3"):
+        so.track(optimizer, [].append, skip="*")
 
 
 def test_copies_are_made_of_what_is_logged_only(monkeypatch):

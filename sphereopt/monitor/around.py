@@ -17,7 +17,7 @@ from sphereopt.optim._reading import Pull, Reading
 from sphereopt.optim.constrain import Constraint
 from sphereopt.radius import Travel
 
-__all__ = ["Around", "around", "whole"]
+__all__ = ["Around", "around", "watched", "whole"]
 
 #: Spheres are compared in runs of about so many weights: temporaries stay in cache.
 _RUN = 1 << 19
@@ -95,17 +95,35 @@ def around(optimizer: Optimizer, keep: Callable[[str], bool]) -> list[Around]:
     Returns:
         One entry for each parameter, or joint sphere, on spheres.
     """
-    found, held = [], _held(optimizer)
+    held = _held(optimizer)
+    return [
+        Around(
+            optimizer=type(optimizer),
+            name=name,
+            group=group,
+            params=params,
+            copies=[p.detach().clone() for p in params],
+            free=name not in held,
+        )
+        for name, group, params in watched(optimizer, keep)
+        if all(p.requires_grad for p in params)
+    ]
+
+
+def watched(
+    optimizer: Optimizer, keep: Callable[[str], bool]
+) -> Iterator[tuple[str, dict[str, Any], list[Tensor]]]:
+    """Yield name, group and tensors of every parameter, or joint sphere, that is to be logged.
+
+    Args:
+        optimizer: Any optimizer.
+        keep: Whether to log a parameter, by its name.
+    """
     for index, group in enumerate(optimizer.param_groups):
-        if group.get("sphere") is None:
-            continue
-        for start, params in units(group):
+        for start, params in units(group) if group.get("sphere") is not None else ():
             name = parameter_name(group, index, start, len(params))
-            if keep(name) and all(p.requires_grad for p in params):
-                copies = [p.detach().clone() for p in params]
-                free = name not in held
-                found.append(Around(type(optimizer), name, group, params, copies, free))
-    return found
+            if keep(name):
+                yield name, group, params
 
 
 def _held(optimizer: Optimizer) -> set[str]:

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from sphereopt.monitor.schedule import Schedule
+from sphereopt.monitor.around import watched
+from sphereopt.monitor.schedule import Schedule, chosen
 from sphereopt.monitor.tracker import Tracker
 
 __all__ = ["NormMonitor"]
@@ -72,6 +73,7 @@ class NormMonitor(_lightning().Callback):  # type: ignore[misc]  # Any, so that 
     def __init__(self, sink: Any = None, *, loggers: bool | None = None, **options: Any) -> None:
         inspect.signature(Tracker).bind(None, sink, start=0, **options)
         self._schedule = Schedule(options.get("every", 1))
+        self._keep = chosen(options.get("names"), options.get("skip"))
         self._sink = sink
         self._loggers = sink is None if loggers is None else loggers
         self._options = options
@@ -90,12 +92,12 @@ class NormMonitor(_lightning().Callback):  # type: ignore[misc]  # Any, so that 
         found = {
             index: optimizer
             for index, optimizer in enumerate(trainer.optimizers)
-            if any(group.get("sphere") is not None for group in optimizer.param_groups)
+            if any(True for _ in watched(optimizer, self._keep))
         }
         if not found:
             raise ValueError(
-                "no optimizer of this run has a parameter group with a sphere; build the groups in "
-                "configure_optimizers with sphereopt.param_groups"
+                "no optimizer of this run has a parameter group with a sphere, or names= and skip= "
+                "leave none; build the groups in configure_optimizers with sphereopt.param_groups"
             )
         for index, optimizer in found.items():
             sink = self._sinks(trainer, f".{index}" if len(found) > 1 else "")

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer
 
-from sphereopt.monitor.around import Around, around, whole
+from sphereopt.monitor.around import Around, around, watched, whole
 from sphereopt.monitor.header import header
 from sphereopt.monitor.probes import PROBES, Probe
 from sphereopt.monitor.schedule import Every, Names, Schedule, chosen
 from sphereopt.monitor.sinks import Sink, open_sink
 from sphereopt.monitor.summary import Summary
 from sphereopt.monitor.window import Window
-from sphereopt.optim._checks import parameter_name, units
+from sphereopt.names import did_you_mean
 from sphereopt.optim._reading import Reading
 from sphereopt.optim.base import SphereOptimizer
 
@@ -49,7 +49,7 @@ class Tracker:
         config: What to write into the header beside versions and options; anything JSON can hold.
 
     Raises:
-        ValueError: If an argument is out of range, or no group has a sphere.
+        ValueError: If an argument is out of range, no group has a sphere, or nothing is left.
         OSError: If a file cannot be opened.
 
     Notes:
@@ -96,6 +96,10 @@ class Tracker:
             raise ValueError(f"window={window} must be 0 (off) or a number of steps")
         if all(group.get("sphere") is None for group in optimizer.param_groups):
             raise ValueError("no parameter group has a sphere; build them with param_groups")
+        if not any(True for _ in watched(optimizer, self._keep)):
+            known = [name for name, *_ in watched(optimizer, lambda name: True)]
+            hint = did_you_mean(str(names), known) or f"; there are {', '.join(known[:5])}, ..."
+            raise ValueError(f"names={names!r}, skip={skip!r} leave nothing to log{hint}")
         self.optimizer, self.steps = optimizer, start
         self._probes, self._window = probes, Window(window) if window else None
         self._metrics: dict[str, Any] = {}
@@ -202,13 +206,10 @@ class Tracker:
         """Add the diffusive angles of the parameters whose samples are old enough."""
         if self._window is None or not (self._sink is not None or self._before):
             return
-        for index, group in enumerate(optimizer.param_groups):
-            for start, params in units(group) if group.get("sphere") is not None else ():
-                name = parameter_name(group, index, start, len(params))
-                if any(p.grad is None or not p.numel() for p in params) or not self._keep(name):
-                    continue
-                if not self._window.due(name, self.steps):
-                    continue
+        for name, group, params in watched(optimizer, self._keep):
+            if any(p.grad is None or not p.numel() for p in params):
+                continue
+            if self._window.due(name, self.steps):
                 tensors = [whole(p.detach()) for p in params]
                 turned = self._window.turned(name, tensors, group["sphere"], self.steps)
                 if turned is not None:
