@@ -206,13 +206,13 @@ def test_momentum_makes_many_steps_go_further_than_their_angles_say(monkeypatch)
     for momentum, alignment in ((0.0, 1.0), (0.9, 19.0)):
         entries, _ = run(
             lambda p, m=momentum: so.SphereSGD(p, 0.003, momentum=m, move="rotate"),
-            blocks=400, dim=1000, steps=520, every=10, window=250,
+            blocks=50, dim=300, steps=520, every=10, window=250,
         )  # fmt: skip
         turned = np.array([x["diffusive_angle"]["mean"] for x in entries if "diffusive_angle" in x])
         assert len(turned) == 2  # the first sample is taken at step 10
         assert kept(entries, "angle") == pytest.approx(0.003, rel=1e-9)
-        # 15,000 weights.
-        assert ((turned / 0.003) ** 2).mean() == pytest.approx(alignment, rel=0.05)
+        # 15,000 weights, and 4 % less for momentum that begins and ends within the window.
+        assert ((turned / 0.003) ** 2).mean() == pytest.approx(alignment, rel=0.08)
 
 
 def test_fixed_spheres_have_no_equilibrium_but_an_angle():
