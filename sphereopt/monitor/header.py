@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -41,9 +42,16 @@ def header(
 
     Returns:
         Plain values; no name of the machine or its user.
+
+    Raises:
+        TypeError: If ``config`` holds what JSON cannot.
     """
     from sphereopt import __version__
 
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"config={config!r} must be what JSON can hold ({error})") from None
     groups = optimizer.param_groups
     device = next((str(p.device) for group in groups for p in group["params"]), "cpu")
     return {

@@ -50,6 +50,7 @@ class Tracker:
 
     Raises:
         ValueError: If an argument is out of range, no group has a sphere, or nothing is left.
+        TypeError: If ``config`` holds what JSON cannot, or ``sink`` is nothing that takes rows.
         OSError: If a file cannot be opened.
 
     Notes:
@@ -108,8 +109,9 @@ class Tracker:
         self._skipped: Tensor | None = None
         self._sink: Sink | None = None
         if _is_first():
+            about = header(optimizer, self._schedule, window, start, probes, config)
             self._sink = open_sink(sink)
-            self._sink.start(header(optimizer, self._schedule, window, start, probes, config))
+            self._sink.start(about)
         self._hooks = [
             optimizer.register_step_pre_hook(self._pre_step),
             optimizer.register_step_post_hook(self._post_step),
