@@ -123,6 +123,7 @@ def _sharded(rank, world, port):
         after = [p.to_local() for p in model.parameters()]
         assert all(torch.equal(a, b) for a, b in zip(local, after, strict=True))
         model(x).sum().backward()  # and its hooks still work
+        dist.barrier()  # a process that ends while the other one still sends aborts that one
     finally:
         dist.destroy_process_group()
 
