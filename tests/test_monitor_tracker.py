@@ -170,9 +170,7 @@ def test_the_tracker_counts_on_from_its_own_checkpoint(kind):
 def test_a_config_that_no_file_can_hold_is_refused_before_training(tmp_path):
     _, groups = model_and_groups()
     optimizer = so.SphereSGD(groups, lr=0.1)
-    with pytest.raises(
-        TypeError, match=r"config=.* must be what JSON can hold \(Obj"
-    ):
+    with pytest.raises(TypeError, match=r"config=.* must be what JSON can hold \(Obj"):
         so.track(optimizer, tmp_path / "run.jsonl", config={"layers": {1, 2}})
     assert not optimizer._optimizer_step_pre_hooks
     assert not list(tmp_path.iterdir())
