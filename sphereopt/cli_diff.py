@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphereopt.cli_values import real
+from sphereopt.cli_values import needs_report, real
 
 if TYPE_CHECKING:
     from sphereopt.report.diff.difference import Diff
@@ -30,8 +29,6 @@ exit codes:
   0  nothing differs beyond tolerance
   1  something does
   2  a log cannot be read, or a file not written"""
-
-_INSTALL = 'pip install "sphereopt[report]"'
 
 
 def add_command(commands: Any) -> None:
@@ -107,9 +104,8 @@ def _check(args: argparse.Namespace) -> None:
             args.parser.error(f"{name} {file!r}: is one of the logs; choose another file")
     if len(files) == 2 and Path(files[0][1]).resolve() == Path(files[1][1]).resolve():
         args.parser.error(f"--json {args.json!r}: is the page as well; choose another file")
-    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    if args.output is not None and missing:
-        args.parser.error(f"{', '.join(missing)} not installed; run: {_INSTALL}")
+    if args.output is not None:
+        needs_report(args.parser)
 
 
 def _page(found: Diff) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import Any
+
+from sphereopt.cli_values import needs_report
 
 __all__ = ["add_command"]
 
@@ -21,8 +22,6 @@ examples:
 exit codes:
   0  the page was written
   2  the log cannot be read, or the page not written"""
-
-_INSTALL = 'pip install "sphereopt[report]"'
 
 
 def add_command(commands: Any) -> None:
@@ -54,9 +53,7 @@ def add_command(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Read, write, and say what stands out."""
-    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        args.parser.error(f"{', '.join(missing)} not installed; run: {_INSTALL}")
+    needs_report(args.parser)
     from sphereopt import report
     from sphereopt.report.findings import verdict
 

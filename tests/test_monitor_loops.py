@@ -10,18 +10,12 @@ import monitor_ranks
 import pytest
 import torch
 from readings import Readings
-from small_model import model_and_groups
+from small_model import model_and_groups, train_step
 from torch import nn
 
 import sphereopt as so
 
 KINDS = [so.SphereSGD, torch.optim.SGD]
-
-
-def step(model, optimizer, scale=1.0):
-    optimizer.zero_grad()
-    (scale * model(torch.randn(16, 6)).pow(4).mean()).backward()
-    optimizer.step()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,10 +66,10 @@ def test_steps_that_a_grad_scaler_skips_are_no_steps(kind):
     assert [row["step"] for row in logs[1]] == [1, 2, 3, 4]
     for plain, got in zip(*logs, strict=True):
         for name, entry in plain["parameters"].items():
-            if name == "0.weight":  # BatchNorm saw the skipped batches too, but only in eval
-                for probe in ("angle", "scaled_grad_norm", "norm"):
-                    want = entry[probe]["median"]
-                    assert got["parameters"][name][probe]["median"] == pytest.approx(want, rel=1e-4)
+            for probe in ("angle", "scaled_grad_norm", "norm"):
+                # Scaled and unscaled float32 gradients round alike but for underflow.
+                want = entry[probe]["median"]
+                assert got["parameters"][name][probe]["median"] == pytest.approx(want, rel=1e-4)
 
 
 def test_gradients_that_a_closure_makes_are_those_of_the_step():
@@ -124,7 +118,7 @@ def test_a_compiled_model_is_logged_under_its_own_names(kind):
     compiled = torch.compile(model, backend="eager")
     optimizer, rows = kind(groups, lr=0.1), []
     with so.track(optimizer, rows.append):
-        step(compiled, optimizer)
+        train_step(compiled, optimizer)
     assert set(rows[0]["parameters"]) == {"0.weight", "3.weight + 3.bias"}
     torch.compiler.reset()
 
@@ -161,7 +155,7 @@ def test_composers_monitor_gets_the_numbers_of_the_last_step():
     optimizer, rows = so.SphereAdam(groups, lr=0.1), []
     with so.track(optimizer, rows.append):
         for _ in range(3):
-            step(model, optimizer)
+            train_step(model, optimizer)
             metrics = {}
             for name, p in model.named_parameters():
                 if p.grad is not None:
@@ -224,7 +218,7 @@ def test_a_logged_step_reads_the_device_once(kind, monkeypatch):
     model, groups = model_and_groups()
     optimizer, rows, lists = kind(groups, lr=0.1), [], []
     tolist = torch.Tensor.tolist
-    step(model, optimizer)  # the first one of all looks for weights that are zero
+    train_step(model, optimizer)  # the first one of all looks for weights that are zero
     with so.track(optimizer, rows.append, window=2, every={0: 1, 2: 2}) as tracker:
         for i in range(1, 5):
             optimizer.zero_grad()

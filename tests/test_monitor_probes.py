@@ -125,7 +125,7 @@ def test_free_radius_is_logged_as_torch_in_every_probe(row):
             if probe == "effective_lr" and row.torch_cls.__module__ != "torch.optim.sgd":
                 continue
             assert free[probe] == pytest.approx(plain[probe], rel=1e-7, abs=1e-9), probe
-        assert set(free) & {"norm", "growth", "grad_radial_share"} <= set(plain)
+        assert {"norm", "angle", "growth", "grad_radial_share"} <= set(plain) & set(free)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -306,6 +306,23 @@ def test_signs_are_those_of_what_is_minimized(maximize):
         assert entry["grad_radial_share"]["mean"] == pytest.approx(0.6 * sign)
         assert entry["momentum_alignment"]["mean"] == pytest.approx(1.0)
         assert math.copysign(1, entry["growth"]["mean"]) == -sign
+
+
+def test_angles_of_torchs_steps_are_those_of_float64_clones_at_1e_5_rad():
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(64, 576))
+    optimizer, rows = torch.optim.SGD([{"params": [("w", w)], "sphere": "row"}], lr=1.0), []
+    with so.track(optimizer, rows.append):
+        for _ in range(20):
+            g, r = torch.randn_like(w), w.detach().norm(dim=1, keepdim=True)
+            w.grad = (1e-5 * r / g.norm(dim=1, keepdim=True) * g).detach()
+            old = w.detach().double()
+            optimizer.step()
+            want = so.geometry.angle(old, w.detach().double(), "row")
+            assert want.mean() == pytest.approx(1e-5, rel=0.02)
+            got = rows[-1]["parameters"]["w"]["angle"]
+            for key, value in (("mean", want.mean()), ("min", want.min()), ("max", want.max())):
+                assert got[key] == pytest.approx(float(value), rel=1e-6)
 
 
 def test_angles_from_the_numbers_of_a_step_are_those_of_float64_clones_at_1e_5_rad():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_model import model_and_groups
+from small_model import model_and_groups, train_step
 
 import sphereopt as so
 from sphereopt.monitor import PROBES
@@ -14,19 +14,13 @@ from sphereopt.radius import Travel
 KINDS = [so.SphereSGD, torch.optim.SGD]
 
 
-def step(model, optimizer, scale=1.0):
-    optimizer.zero_grad()
-    (scale * model(torch.randn(16, 6)).pow(4).mean()).backward()
-    optimizer.step()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_logs_are_dense_early_and_sparse_later(kind):
     model, groups = model_and_groups()
     optimizer, rows = kind(groups, lr=0.1), []
     with so.track(optimizer, rows.append, every={0: 1, 3: 2, 10: 5}):
         for _ in range(21):
-            step(model, optimizer)
+            train_step(model, optimizer)
     assert [row["step"] for row in rows] == [1, 2, 4, 6, 8, 10, 15, 20]
 
 
@@ -52,8 +46,8 @@ def test_parameters_are_chosen_by_name(kind, names, skip, left):
     model, groups = model_and_groups()
     optimizer, rows = kind(groups, lr=0.1), []
     with so.track(optimizer, rows.append, names=names, skip=skip, window=1):
-        step(model, optimizer)
-        step(model, optimizer)
+        train_step(model, optimizer)
+        train_step(model, optimizer)
     assert [set(row["parameters"]) for row in rows] == [left, left]
     assert all("diffusive_angle" in entry for entry in rows[1]["parameters"].values())
 
@@ -80,7 +74,7 @@ def test_copies_are_made_of_what_is_logged_only(monkeypatch):
     with so.track(optimizer, [].append, every=3, names="0.weight", window=0):
         for i in range(1, 4):
             monkeypatch.setattr(torch.Tensor, "clone", counting)
-            step(model, optimizer)
+            train_step(model, optimizer)
             monkeypatch.undo()
             assert (48 in copied) == (i == 3)
     assert copied.count(48) == 1
@@ -94,7 +88,7 @@ def test_probes_can_be_added_and_left_out():
         return 2 * reading.travel.norm
 
     with so.track(optimizer, rows.append, probes={"norm": PROBES["norm"], "doubled": doubled}):
-        step(model, optimizer)
+        train_step(model, optimizer)
     entry = rows[0]["parameters"]["0.weight"]
     assert set(entry) == {"sphere", "kind", "lr", "weight_decay", "count", "norm", "doubled"}
     assert entry["doubled"]["max"] == pytest.approx(2 * entry["norm"]["max"])
@@ -107,7 +101,7 @@ def test_a_probe_of_the_wrong_shape_is_named():
         so.track(optimizer, [].append, probes={"odd": lambda reading: torch.zeros(3)}),
         pytest.raises(ValueError, match=r"probe 'odd' returned shape \(3,\), not one value per"),
     ):
-        step(model, optimizer)
+        train_step(model, optimizer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +110,7 @@ def test_two_trackers_on_one_optimizer_do_not_disturb_each_other(kind):
     optimizer, dense, sparse = kind(groups, lr=0.1), [], []
     with so.track(optimizer, dense.append), so.track(optimizer, sparse.append, every=2):
         for _ in range(4):
-            step(model, optimizer)
+            train_step(model, optimizer)
     assert [row["step"] for row in dense] == [1, 2, 3, 4]
     assert sparse == [dense[1], dense[3]]
 
@@ -125,13 +119,13 @@ def test_a_step_that_raises_leaves_no_listener_behind():
     model, groups = model_and_groups()
     optimizer, rows = so.SphereSGD(groups, lr=0.1), []
     with so.track(optimizer, rows.append):
-        step(model, optimizer)
+        train_step(model, optimizer)
         weight = model[0].weight
         weight.grad = torch.randn_like(weight).to_sparse()
         with pytest.raises(so.optim.SphereError):
             optimizer.step()
         weight.grad = None
-        step(model, optimizer)
+        train_step(model, optimizer)
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[1]["parameters"]["0.weight"]["count"] == 8
     assert optimizer.listeners == ()
@@ -146,7 +140,7 @@ def test_metrics_ride_in_the_next_row(kind):
             tracker.log(loss=torch.tensor(float(i), requires_grad=True))
             if i == 0:
                 tracker.log(accuracy=0.5)
-            step(model, optimizer)
+            train_step(model, optimizer)
         with pytest.raises(ValueError, match=r"loss has shape \(2,\); log one number"):
             tracker.log(loss=torch.zeros(2))
     assert [row["metrics"] for row in rows] == [{"loss": 1.0, "accuracy": 0.5}, {"loss": 3.0}]
@@ -158,12 +152,12 @@ def test_the_tracker_counts_on_from_its_own_checkpoint(kind):
     optimizer, rows = kind(groups, lr=0.1), []
     with so.track(optimizer, rows.append, every=2) as tracker:
         for _ in range(3):
-            step(model, optimizer)
+            train_step(model, optimizer)
         state = tracker.state_dict()
     with so.track(optimizer, rows.append, every=2) as tracker:
         tracker.load_state_dict(state)
         for _ in range(3):
-            step(model, optimizer)
+            train_step(model, optimizer)
     assert [row["step"] for row in rows] == [2, 4, 6]
 
 

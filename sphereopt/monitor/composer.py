@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from sphereopt.monitor.around import watched
 from sphereopt.monitor.probes import PROBES
 from sphereopt.monitor.summary import Summary
-from sphereopt.optim._checks import parameter_name, units
 from sphereopt.optim._reading import Reading
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class LastStep:
     def __init__(self, optimizer: SphereOptimizer) -> None:
         self._optimizer = optimizer
         self._readings: list[Reading] = []
-        self._means: dict[str, dict[str, Tensor]] | None = None
+        self._means: dict[Tensor, dict[str, Tensor]] | None = None
         optimizer.listeners = (*optimizer.listeners, self._readings.append)
         optimizer.register_step_pre_hook(self._begin)
 
@@ -47,18 +47,16 @@ class LastStep:
         Returns:
             ``sphereopt/<probe>/<name>`` to a tensor of no dimension.
         """
-        for index, group in enumerate(self._optimizer.param_groups):
-            for start, params in units(group) if group["sphere"] is not None else ():
-                if any(p is param for p in params):
-                    found = self._found().get(parameter_name(group, index, start, len(params)), {})
-                    return {f"sphereopt/{probe}/{name}": x for probe, x in found.items()}
-        return {}
-
-    def _found(self) -> dict[str, dict[str, Tensor]]:
-        """Return the means of all parameters; made once per step."""
         if self._means is None:
-            summary = Summary(PROBES)
-            for reading in self._readings:
-                summary.take(reading)
-            self._means = summary.means()
-        return self._means
+            self._means = self._found()
+        found = self._means.get(param, {})
+        return {f"sphereopt/{probe}/{name}": x for probe, x in found.items()}
+
+    def _found(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Return the means of every parameter on spheres, by the parameter itself."""
+        summary = Summary(PROBES)
+        for reading in self._readings:
+            summary.take(reading)
+        means = summary.means()
+        every = watched(self._optimizer, lambda name: True)
+        return {p: means.get(name, {}) for name, _, params in every for p in params}

@@ -75,9 +75,9 @@ def header(
     }
 
 
-def _group(group: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _group(group: dict[str, Any], index: int) -> dict[str, Any]:
     """Return the options of a group that are plain values, and the names of its parameters."""
-    names = [parameter_name(dict(group), index, i) for i in range(len(group["params"]))]
+    names = [parameter_name(group, index, i) for i in range(len(group["params"]))]
     options = {key: _plain(x) for key, x in group.items() if key not in ("params", "param_names")}
     return {"names": names, "sphere": None, "kind": None} | {
         key: value for key, value in options.items() if key == "sphere" or value is not None

@@ -10,22 +10,16 @@ from typing import Any
 from torch.optim.optimizer import Optimizer
 
 from sphereopt.theory import OutOfRangeError, alignment, equilibrium
+from sphereopt.theory.live import CLASSES
 
 __all__ = ["Law", "law", "rule_of"]
 
-_BETAS, _SGD = ("betas",), ("momentum", "dampening", "nesterov")
-#: Class names to the calculator's name and the options that it follows. A class is looked up along
-#: its bases, so AdamW, which derives from Adam in torch, is found as itself.
+#: Class names, torch's and ours, to the calculator's name and the options that it follows. A class
+#: is looked up along its bases, so AdamW, which derives from Adam in torch, is found as itself.
 _RULES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "SphereSGD": ("sgd", _SGD),
-    "SphereAdam": ("adamw", _BETAS),
-    "SphereLion": ("lion", _BETAS),
-    "SphereMuon": ("muon", ("momentum", "nesterov", "adjust_lr_fn")),
-    "SGD": ("sgd", _SGD),
-    "AdamW": ("adamw", _BETAS),
-    "Adam": ("adam", _BETAS),
-    "Lion": ("lion", _BETAS),
-    "Muon": ("muon", ("momentum", "nesterov", "adjust_lr_fn")),
+    # AdamW before Adam in that table, after it here: SphereAdam decays as AdamW does.
+    **{ours: (rule, options) for rule, ours, options in reversed(CLASSES.values())},
+    **{name: (rule, options) for name, (rule, _, options) in CLASSES.items()},
 }
 
 
@@ -95,7 +89,9 @@ def law(
         _RULES[kind.__name__][1] for kind in optimizer.__mro__ if kind.__name__ in _RULES
     )
     try:
-        hyper = {key: _plain(group[key]) for key in options if group.get(key) is not None}
+        # An eps is small, and what it does depends on the size of the gradients.
+        keys = [key for key in (*options, "adjust_lr_fn") if key != "eps"]
+        hyper = {key: _plain(group[key]) for key in keys if group.get(key) is not None}
         if name == "muon":
             if len(shape) != 2:
                 return None

@@ -14,7 +14,8 @@ from typing import Any
 
 from sphereopt.monitor.jsonl import JsonlSink
 from sphereopt.monitor.rows import Row
-from sphereopt.monitor.table import STATS, CsvSink, ParquetSink
+from sphereopt.monitor.summary import STATS
+from sphereopt.monitor.table import CsvSink, ParquetSink
 
 __all__ = ["LogSink", "ScalarSink", "Sink", "open_sink", "scalars"]
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from sphereopt.monitor.probes import Probe
 from sphereopt.optim._reading import Reading, joined
 
-__all__ = ["QUANTILES", "Summary"]
+__all__ = ["QUANTILES", "STATS", "Summary"]
 
 #: The quantiles of each probe over the spheres of a parameter.
 QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
-_KEYS = ("mean", *QUANTILES)
+#: What is logged of each probe, in this order.
+STATS = ("mean", *QUANTILES)
 #: Sorting makes two copies: tables of like shape are sorted together up to so many entries.
 _TOGETHER = 1 << 15
 #: Readings wait until there are so many spheres to evaluate the probes on.
@@ -141,7 +142,7 @@ class Summary:
             entry["count"] = max(entry.get("count", 0), count)
             digits = 17 if wide[name, keys] else 9
             for key in keys:
-                entry[key] = {stat: _rounded(next(values), digits) for stat in _KEYS}
+                entry[key] = {stat: _rounded(next(values), digits) for stat in STATS}
         return (
             {name: entry for name, entry in entries.items() if "count" in entry},
             {key: next(values) for key in metrics},

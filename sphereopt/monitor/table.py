@@ -13,10 +13,9 @@ from typing import Any
 from sphereopt.monitor.jsonl import JsonlSink, finite
 from sphereopt.monitor.lines import LineFile
 from sphereopt.monitor.rows import Row, Rows, check_row
+from sphereopt.monitor.summary import STATS
 
 __all__ = ["CsvSink", "ParquetSink", "columns", "lines", "to_parquet"]
-
-STATS = ("mean", "min", "q25", "median", "q75", "max")
 
 _METRIC = ("step", "metric", "value")
 _ENTRY = ("sphere", "kind", "lr", "weight_decay", "count")

@@ -18,8 +18,8 @@ from sphereopt.geometry import angle
 __all__ = ["Window", "diffusive_angle"]
 
 #: Of a parameter at most one weight in SHARE is kept, but never fewer than LEAST, nor fewer of a
-#: sphere: below 1 % of the model. 64 weights tell the angle of a sphere to sqrt(2/64)/2 = 9 %, and
-#: those of a hundred spheres the mean to 1 %.
+#: sphere: below 1 % of the model. 64 weights tell the angle of a sphere to sqrt(4/64)/2 = 12 %, and
+#: those of a hundred spheres the mean to a tenth of that.
 SHARE, LEAST = 256, 64
 
 

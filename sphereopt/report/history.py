@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sphereopt.monitor.rows import LogError, Row, Rows, check_row
-from sphereopt.monitor.table import STATS
+from sphereopt.monitor.summary import STATS
 
 __all__ = ["History", "as_history"]
 

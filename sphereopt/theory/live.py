@@ -18,7 +18,7 @@ __all__ = ["SphereLr", "sphere_lr"]
 
 #: Class names, the optimizer here, ours, and the options that both understand. AdamW before Adam,
 #: from which it derives.
-_KNOWN = {
+CLASSES = {
     "AdamW": ("adamw", "SphereAdam", ("betas", "eps")),
     "Adam": ("adam", "SphereAdam", ("betas", "eps")),
     "SGD": ("sgd", "SphereSGD", ("momentum", "dampening", "nesterov")),
@@ -146,10 +146,10 @@ def sphere_lr(
 def _identify(optimizer: Any) -> tuple[str, str, tuple[str, ...]]:
     """Return the optimizer's name here, ours, and the options they share."""
     for kind in type(optimizer).__mro__:
-        if kind.__name__ in _KNOWN:
-            return _KNOWN[kind.__name__]
+        if kind.__name__ in CLASSES:
+            return CLASSES[kind.__name__]
     name = type(optimizer).__name__
-    raise OutOfRangeError("optimizer", name, f"must be one of {', '.join(sorted(_KNOWN))}")
+    raise OutOfRangeError("optimizer", name, f"must be one of {', '.join(sorted(CLASSES))}")
 
 
 def _blocks(group: Mapping[str, Any]) -> Iterator[_Block]:
