@@ -5,8 +5,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from logs import STATS, make_rows, make_run, name
+from torch import nn
 
+import sphereopt as so
 from sphereopt.report import History, findings
 from sphereopt.report.findings import verdict
 
@@ -313,3 +316,24 @@ def test_short_logs_are_not_judged():
         found = findings(history)
         assert bad(found) == []
         assert "too little to judge a course" in verdict(history, found)
+
+
+@pytest.mark.parametrize("norm_eps", [1e-5, 1e-3])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_norm_eps_and_half_precision_leave_a_weight_invariant_enough(dtype, norm_eps):
+    """Why the threshold is 0.01: what these leave of cos(g, w) is below 0.005."""
+    layers = [nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16, eps=norm_eps), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 36, 10))
+    groups = so.param_groups(model, {"0.weight": "row"})
+    optimizer, rows = torch.optim.SGD(groups, lr=0.05, momentum=0.9), []
+    with so.track(optimizer, rows.append):
+        for _ in range(20):
+            x, y = torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+                loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+    shares = [row["parameters"]["0.weight"]["grad_radial_share"] for row in rows]
+    assert 0 < max(abs(share["median"]) for share in shares) < 5e-3
+    assert not any("not scale-invariant" in x.sentence for x in findings(rows))

@@ -21,7 +21,7 @@ from sphereopt.report.series import Array
 
 __all__ = ["TOLERANCE", "Diff", "Layer", "Lost", "Metric", "diff"]
 
-#: Two seeds mostly agree within this over the second half of a run; small layers differ by more.
+#: Layers of few spheres may truly differ by more between two seeds.
 TOLERANCE = 0.1
 #: Relative difference that is rounding: a hundred units in the last place of float32.
 _ROUNDING = 1e-5
