@@ -67,9 +67,17 @@ def compare(p: Propagation, call: Call) -> None:
 def power(p: Propagation, call: Call, exponent: float | None = None) -> Degree | None:
     """``x**k`` has k times the degree."""
     x, k = call.args[0], call.get("exponent") if exponent is None else exponent
-    if not isinstance(x, Tensor) or isinstance(k, Tensor) or float(k * 2**20) % 1:
-        return p.freeze(call)  # the arithmetic of forms is exact for dyadic exponents
+    if not isinstance(x, Tensor) or isinstance(k, Tensor) or not _exact(p, x, float(k)):
+        return p.freeze(call)
     return Degree(p.forms.scale(p.ids(x), float(k)))
+
+
+def _exact(p: Propagation, x: Tensor, k: float) -> bool:
+    """Return whether k times the degree is dyadic, as the cube root of a cube is: then exact."""
+    if not k * 2**20 % 1:
+        return True
+    units = (unit for i in torch.unique(p.ids(x)).tolist() for unit in p.forms.table[i])
+    return all(not times * k * 2**20 % 1 for _, times in units)
 
 
 def add(p: Propagation, call: Call) -> Degree | None:
@@ -160,12 +168,17 @@ def fused_multiply_add(p: Propagation, call: Call, sign: float) -> Degree:
 
 
 def lerp(p: Propagation, call: Call) -> Degree:
-    """Weighted mean."""
-    ndim = len(call.shapes[0])
-    a, b = p.ids(call["self"], ndim), p.ids(call["end"], ndim)
+    """Weighted mean: of unequal degrees, as in a running average, none, should anything read it."""
+    shape = list(call.shapes[0])
+    a, end = p.ids(call["self"], len(shape)), call["end"]
     if isinstance(call["weight"], Tensor):
         p.zero(p.ids(call["weight"]))
-    return Degree(p.agreed(a, b))
+    b = (p.degree(end) or Degree(p.ids(end))).each(lambda t: aligned(t, len(shape)))
+    if not b.offsets and _agree(a, b.ids):
+        return Degree(p.agreed(a, b.ids))
+    # Summands without a common pattern: nothing is asked of them unless the average is used.
+    apart = (b.ids, *(offset.ids for offset in b.offsets))
+    return Degree(a, tuple(Offset(ids.expand(shape), p.fresh_labels(shape)) for ids in apart))
 
 
 def clamp(p: Propagation, call: Call) -> Degree | None:
