@@ -3,9 +3,11 @@
 import importlib
 from types import ModuleType
 
+from sphereopt import diagnostics as diagnostics
 from sphereopt import geometry as geometry
 from sphereopt import monitor as monitor
 from sphereopt import moves as moves
+from sphereopt import nn as nn
 from sphereopt import optim as optim
 from sphereopt import report as report
 from sphereopt import theory as theory
@@ -25,11 +27,13 @@ __all__ = [
     "SphereSGD",
     "Tracker",
     "constrain",
+    "diagnostics",
     "find_spheres",
     "geometry",
     "manifold",
     "monitor",
     "moves",
+    "nn",
     "optim",
     "param_groups",
     "report",

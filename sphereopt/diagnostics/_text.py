@@ -1,0 +1,46 @@
+"""Rows of text in columns, and numbers in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+__all__ = ["columns", "number", "plain"]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number for a column, ``-`` for none.
+
+    Example:
+        >>> number(0.12345), number(None), number(float("inf"))
+        ('0.123', '-', 'inf')
+    """
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def columns(rows: Sequence[Sequence[str]], names: int) -> list[str]:
+    """Return rows as lines: the first ``names`` columns begin together, numbers end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < names else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def plain(value: Any) -> Any:
+    """Return dataclasses as dicts and tuples as lists; None for what JSON has no number for."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
