@@ -8,12 +8,13 @@ import torch
 from brute_force import BruteForce, grades
 from detection_zoo_attention import ATTENTION
 from detection_zoo_full import BIASES, BLOCKS, GAINS
+from detection_zoo_norms import NORMS
 from detection_zoo_tokens import OTHERS, STREAMS
 from detection_zoo_training import AROUND, TRAPS
 
 from sphereopt.detect import SphereReport, find_spheres
 
-GROUPS = (BIASES, GAINS, BLOCKS, AROUND, TRAPS, ATTENTION, STREAMS, OTHERS)
+GROUPS = (BIASES, GAINS, BLOCKS, AROUND, TRAPS, ATTENTION, STREAMS, OTHERS, NORMS)
 CASES = {name: case for group in GROUPS for name, case in group.items()}
 assert len(CASES) == sum(map(len, GROUPS)), "two cases of one name"
 
