@@ -41,6 +41,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def widened(x: Tensor) -> Tensor:
+    """Return a tensor in the dtype in which sums run; itself, if it is that wide."""
+    return x.to(accumulator(x.dtype))
+
+
 def scalar_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of per-sphere numbers: float64 wherever the device has it."""
     # One number per sphere costs nothing, and cos(angle) - 1 at 1e-4 rad is below float32.

@@ -209,7 +209,7 @@ class Twin:
         args, kwargs = self.fresh_inputs() if inputs is None else inputs
         try:
             out = self.module(*args, **kwargs)
-            chosen = _default_choice(out) if self._choose is None else self._choose(out)
+            chosen = main_output(out) if self._choose is None else self._choose(out)
         except (RuntimeError, ValueError, TypeError) as error:
             if "Expected more than 1" in str(error):
                 raise ValueError(
@@ -257,7 +257,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _default_choice(out: Any) -> Any:
+def main_output(out: Any) -> Any:
+    """Return what counts as a model's function: its loss, logits or hidden state, or all of it."""
     if dataclasses.is_dataclass(out) and not isinstance(out, type | Mapping):
         out = {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
     if isinstance(out, Mapping):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-__all__ = ["columns", "number", "plain"]
+__all__ = ["Result", "columns", "number"]
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -33,14 +34,27 @@ def columns(rows: Sequence[Sequence[str]], names: int) -> list[str]:
     return lines
 
 
-def plain(value: Any) -> Any:
+class Result:
+    """What measurements have in common: dataclasses that become dicts and JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values as nested dicts and lists; None for NaN and infinity."""
+        values: dict[str, Any] = _plain(self)
+        return values
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+
+def _plain(value: Any) -> Any:
     """Return dataclasses as dicts and tuples as lists; None for what JSON has no number for."""
     if is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

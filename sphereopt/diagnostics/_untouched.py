@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sphereopt.detect.copying import unwrap
-from sphereopt.detect.twin import preserved_rng
+from sphereopt.detect.twin import main_output, preserved_rng
 
 __all__ = ["as_inputs", "chosen", "inner_model", "untouched"]
-
-#: The function of a model that returns several things, most specific first.
-_OUTPUT_KEYS = ("loss", "logits", "last_hidden_state")
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -104,7 +101,5 @@ def as_inputs(
 
 def chosen(output: Any) -> list[Tensor]:
     """Return the tensors that stand for an output: loss, logits, hidden state, or all floats."""
-    if isinstance(output, Mapping):
-        output = next((output[key] for key in _OUTPUT_KEYS if key in output), output)
-    leaves = pytree.tree_leaves(output)
+    leaves = pytree.tree_leaves(main_output(output))
     return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]

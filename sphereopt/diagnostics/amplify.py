@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sphereopt.diagnostics import _layers, findings
-from sphereopt.diagnostics._text import columns, number, plain
+from sphereopt.diagnostics._text import Result, columns, number
 from sphereopt.diagnostics._untouched import chosen, inner_model, untouched
 from sphereopt.diagnostics.findings import Finding
-from sphereopt.products import accumulator
+from sphereopt.products import widened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +52,7 @@ class Normalizer:
 
 @final
 @dataclass(frozen=True, repr=False)
-class Amplification:
+class Amplification(Result):
     """What :func:`amplification` measured; ``print`` it for a table.
 
     Attributes:
@@ -81,15 +80,6 @@ class Amplification:
         outputs = [number(self.output[name]) for name in STATISTICS]
         rows.append(("(output)", "", "", "", "", *outputs, "", ""))
         return "\n".join([*columns(rows, names=2), *(f"! {finding}" for finding in self.findings)])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all values as nested dicts and lists; None for NaN and infinity."""
-        values: dict[str, Any] = plain(self)
-        return values
-
-    def to_json(self) -> str:
-        """Return :meth:`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=1)
 
     def plot(self) -> Figure:
         """Return a matplotlib figure: amplification before and after each normalizer."""
@@ -209,8 +199,7 @@ def _moved(
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    wide = accumulator(a.dtype)
-    distance: Tensor = torch.linalg.vector_norm(a.to(wide) - b.to(wide))
+    distance: Tensor = torch.linalg.vector_norm(widened(a) - widened(b))
     return distance
 
 
@@ -325,5 +314,5 @@ def _weight(model: nn.Module, name: str) -> tuple[str, float] | tuple[None, None
     value = getattr(model.get_submodule(name), "weight", None)
     if not isinstance(value, Tensor):
         return None, None
-    norm = torch.linalg.vector_norm(value.detach().to(accumulator(value.dtype)))
+    norm = torch.linalg.vector_norm(widened(value.detach()))
     return f"{name}.weight" if name else "weight", norm.item()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from sphereopt.diagnostics import _layers, _measure, findings
-from sphereopt.diagnostics._text import columns, number, plain
+from sphereopt.diagnostics._text import Result, columns, number
 from sphereopt.diagnostics._untouched import as_inputs, chosen, inner_model, untouched
 from sphereopt.diagnostics.findings import Finding
 from sphereopt.products import accumulator
@@ -72,7 +71,7 @@ class Layer:
 
 @final
 @dataclass(frozen=True, repr=False)
-class Propagation:
+class Propagation(Result):
     """What :func:`propagation` measured; ``print`` it for a table.
 
     Attributes:
@@ -111,15 +110,6 @@ class Propagation:
             lines.append(f"gradient norm, first over last pre-activation: {self.explosion:.3g}")
         lines += [f"! {finding}" for finding in self.findings]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all values as nested dicts and lists; None for NaN and infinity."""
-        values: dict[str, Any] = plain(self)
-        return values
-
-    def to_json(self) -> str:
-        """Return :meth:`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=1)
 
     def plot(self) -> Figure:
         """Return a matplotlib figure: the four statistics over depth."""

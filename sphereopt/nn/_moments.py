@@ -8,17 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NARROW = (torch.float16, torch.bfloat16)
+from sphereopt.products import accumulator
 
 
 def count(x: Tensor, dims: list[int]) -> int:
     """Return how many values of x share one statistic over ``dims``."""
     return math.prod([x.shape[dim] for dim in dims])
-
-
-def widened(values: Tensor) -> Tensor:
-    """Return per-channel numbers in float32 if they are narrower."""
-    return values.float() if values.dtype in _NARROW else values
 
 
 def mean_square(x: Tensor, dims: list[int]) -> Tensor:
@@ -27,8 +22,7 @@ def mean_square(x: Tensor, dims: list[int]) -> Tensor:
     A norm, squared, rather than a mean of squares: it keeps no second tensor of x's size for the
     backward, and squares in float32, where fp16 overflows from 256 on.
     """
-    dtype = torch.float32 if x.dtype in _NARROW else x.dtype
-    norm: Tensor = torch.linalg.vector_norm(x, 2, dims, True, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(x, 2, dims, True, dtype=accumulator(x.dtype))
     return norm.square() / count(x, dims)
 
 
@@ -39,8 +33,8 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
-        narrow = x.dtype in _NARROW
-        mean = x.mean(dims, keepdim=True, dtype=torch.float32 if narrow else None)
+        narrow = accumulator(x.dtype) != x.dtype
+        mean = x.mean(dims, keepdim=True, dtype=accumulator(x.dtype))
         near = mean.to(x.dtype)
         apart = x - near
         square = mean_square(apart, dims) if narrow else apart.mul_(apart).mean(dims, keepdim=True)

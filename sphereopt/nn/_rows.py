@@ -8,23 +8,20 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from sphereopt.products import widened
+
 
 def _over(dim: int, v: Tensor) -> list[int]:
     return [other for other in range(v.dim()) if other != dim % v.dim()]
 
 
-def _wide(v: Tensor) -> Tensor:
-    """Return float32 or wider: sums and quotients are rounded once, when the weight is used."""
-    return v.to(torch.promote_types(v.dtype, torch.float32))
-
-
 def _centered(v: Tensor, centered: bool, dim: int) -> Tensor:
-    rows = _wide(v)
+    rows = widened(v)
     return rows - rows.mean(_over(dim, v), keepdim=True) if centered else rows
 
 
 def _lengths(v: Tensor, p: float, dim: int) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(_wide(v), p, _over(dim, v), keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(widened(v), p, _over(dim, v), keepdim=True)
     return norms
 
 
@@ -87,7 +84,7 @@ class TrainableGains(NormalizedRows):
         self.scale, self.start = scale, start
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        return (self.scale * _wide(g) * self.direction(v)).to(v.dtype)
+        return (self.scale * widened(g) * self.direction(v)).to(v.dtype)
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         lengths = self.lengths(w)
@@ -107,7 +104,7 @@ class BoundedGains(NormalizedRows):
         self.register_buffer("total", total if rho is None else torch.full_like(total, rho))
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        wide = _wide(g)
+        wide = widened(g)
         gains: Tensor = wide * (self.total / (wide.norm() + self.eps))
         return (gains * self.direction(v)).to(v.dtype)
 
@@ -121,7 +118,7 @@ class FixedGain(NormalizedRows):
 
     def __init__(self, p: float, dim: int, eps: float, w: Tensor, rho: float | None) -> None:
         super().__init__(p, False, dim, eps)
-        kept = _wide(w).norm() / self.direction(w).norm()
+        kept = widened(w).norm() / self.direction(w).norm()
         self.rho: Tensor
         self.register_buffer("rho", kept if rho is None else torch.full_like(kept, rho))
 

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sphereopt.nn._moments import count, moments, scale_shift, unbias, widened
+from sphereopt.nn._moments import count, moments, scale_shift, unbias
 from sphereopt.nn._running import (
     RunningNorm,
     average_into,
     need_two_values,
     per_channel,
 )
+from sphereopt.products import widened
 
 __all__ = ["EvoNormB0", "EvoNormS0", "evonorm_b0", "evonorm_s0"]
 

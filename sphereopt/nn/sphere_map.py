@@ -34,6 +34,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sphereopt.products import widened
+
 __all__ = [
     "standardize",
     "standardize_jacobian",
@@ -68,7 +70,7 @@ def _parts(x: Tensor, dim: Dims, eps: float) -> _Parts:
             f"dim={dim} of shape {tuple(x.shape)} holds {n} numbers per vector; a direction after "
             "subtracting the mean needs two or more"
         )
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = widened(x)
     centered = wide - wide.mean(dims, keepdim=True)
     # The norm and not the mean of squares: its gradient at zero is zero, not NaN.
     sigma = torch.linalg.vector_norm(centered, 2, dims, keepdim=True) / math.sqrt(n)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sphereopt.nn._moments import count, moments, scale_shift, unbias, widened
+from sphereopt.nn._moments import count, moments, scale_shift, unbias
 from sphereopt.nn._running import (
     RunningNorm,
     average_into,
@@ -15,6 +15,7 @@ from sphereopt.nn._running import (
     need_two_values,
     per_channel,
 )
+from sphereopt.products import widened
 
 __all__ = ["VarianceNorm1d", "VarianceNorm2d", "VarianceNorm3d", "variance_norm"]
 
