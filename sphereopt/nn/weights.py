@@ -113,7 +113,7 @@ def bounded_weight_norm(
         Weight normalization leaves g free, so its norms still drift. The authors published three
         programs: trainable gains of bounded norm ("bounded"), a fixed number ("fixed"; they take
         the mean of the channels' norms where the paper has the root mean square, as here), and a
-        fixed number with v overwritten by v/|v| at every forward; the last is an optimizer on
+        fixed number with v put back on its sphere at every forward; the last is an optimizer on
         spheres, which is what :class:`sphereopt.SphereSGD` does without a parametrization.
 
     References:
