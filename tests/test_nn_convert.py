@@ -118,6 +118,45 @@ def test_undo_after_a_move_follows_the_model():
     model(images().double())
 
 
+def test_undo_keeps_the_mode_and_parameters_put_there_since():
+    model = network()
+    conversion = convert_norm(model, nn.BatchNorm2d, L1BatchNorm2d)
+    model.eval()
+    model[1].weight = nn.Parameter(torch.full((8,), 2.0))
+    gain = model[1].weight
+    conversion.undo()
+    assert not model[1].training
+    assert model[1].weight is gain
+
+
+def test_instance_norm_does_not_inherit_the_habit_of_averaging():
+    model = network()
+    (swap, _) = convert_norm(model, nn.BatchNorm2d, nn.InstanceNorm2d)
+    assert (swap.new.track_running_stats, swap.new.affine) == (False, True)
+    assert "track_running_stats=True" in swap.lost
+    (swap, _) = convert_norm(model, nn.InstanceNorm2d, nn.BatchNorm2d)
+    assert swap.new.track_running_stats
+    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))
+    (swap,) = convert_norm(model, nn.BatchNorm2d, L1BatchNorm2d)
+    assert not swap.new.track_running_stats
+
+
+def test_a_learned_eps_is_lost_not_handed_on_as_an_option():
+    model = nn.Sequential(FilterResponseNorm2d(3, eps=1e-2, learnable_eps=True))
+    (swap,) = convert_norm(model, FilterResponseNorm2d, nn.BatchNorm2d)
+    assert "eps" in swap.lost
+    assert swap.new.eps == 1e-5
+    assert model(torch.randn(2, 3, 4, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("target", ["L1BatchNorm2d", lambda old: None])
+def test_a_target_that_gives_no_module_is_refused(target):
+    model = network()
+    with pytest.raises(TypeError, match=r"target"):
+        convert_norm(model, nn.BatchNorm2d, target)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
 def test_undo_twice_or_out_of_order_changes_nothing():
     model = network()
     first = convert_norm(model, nn.BatchNorm2d, L1BatchNorm2d)

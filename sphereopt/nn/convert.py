@@ -21,7 +21,6 @@ Factory = Callable[[nn.Module], nn.Module]
 _CHANNELS = ("num_features", "num_channels", "normalized_shape")
 _AFFINE = ("affine", "elementwise_affine")
 _OPTIONS = ("eps", "momentum", "track_running_stats", "unbiased")
-_ABSENT = object()
 _LAST_DIMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -72,8 +71,8 @@ class Conversion:
         """Put the old layers back.
 
         Gains and biases are the same parameters as in the new layers, so they come back as they
-        are now; running averages come back as they were at the conversion, on the device where the
-        new layers are now.
+        are now; running averages come back as they were at the conversion. Device, dtype and mode
+        are those of the new layers.
 
         Raises:
             RuntimeError: it was undone already, or another layer has taken a place since; then
@@ -89,7 +88,7 @@ class Conversion:
                         "later conversions first"
                     )
         for swap in self.swaps:
-            _follow(swap.old, swap.new)
+            _hand_over(swap.new, swap.old)
             for name in (swap.name, *swap.also):
                 self._model.set_submodule(name, swap.old)
         self._done = False
@@ -171,10 +170,12 @@ def convert_norm(
         elif options:
             raise ValueError(f"options {sorted(options)} go to a class; put them into the function")
         else:
-            new = target(old)
+            new = _made(name, old, target)
         swaps.append(_planned(name, old, new, tuple(also)))
     for swap in swaps:  # from here on nothing can fail
         _hand_over(swap.old, swap.new)
+        for name, (_, value) in _averages(swap.old, swap.new).items():
+            getattr(swap.new, name).copy_(value)
         for name in (swap.name, *swap.also):
             model.set_submodule(name, swap.new)
     return Conversion(model, swaps)
@@ -245,6 +246,16 @@ def _built(
     return target(**arguments)
 
 
+def _made(name: str, old: nn.Module, target: Factory) -> nn.Module:
+    """Ask the function for a layer."""
+    if not callable(target):
+        raise TypeError(f"target={target!r} is neither a class nor a function of the old layer")
+    new = target(old)
+    if not isinstance(new, nn.Module):
+        raise TypeError(f"target returned a {type(new).__name__} for {name!r}, not a module")
+    return new
+
+
 def _check_layout(what: str, old: nn.Module, target: type[nn.Module]) -> None:
     if isinstance(old, _LAST_DIMS) != issubclass(target, _LAST_DIMS):
         where = ("dim 1", "the last dims")
@@ -260,7 +271,10 @@ def _check_layout(what: str, old: nn.Module, target: type[nn.Module]) -> None:
 
 def _own_options(old: nn.Module, takes: Iterable[str]) -> dict[str, Any]:
     """Return the old layer's options that a new one takes, where its tensors are and of what."""
-    own = {key: getattr(old, key) for key in _OPTIONS if hasattr(old, key)}
+    own = _options(old)
+    usual = inspect.signature(type(old)).parameters.get("track_running_stats")
+    if usual is not None and own.get("track_running_stats") == usual.default:
+        del own["track_running_stats"]  # batch norms average by default, instance norms do not
     affine = next((getattr(old, key) for key in _AFFINE if hasattr(old, key)), None)
     if affine is not None:
         own.update(dict.fromkeys(_AFFINE, affine))
@@ -270,6 +284,12 @@ def _own_options(old: nn.Module, takes: Iterable[str]) -> dict[str, Any]:
     if tensor is not None:
         own.update(device=tensor.device, dtype=tensor.dtype)
     return {key: own[key] for key in takes if key in own}
+
+
+def _options(layer: nn.Module) -> dict[str, Any]:
+    """Return the options of a layer that are plain values; a learned eps is none."""
+    found = {key: getattr(layer, key) for key in _OPTIONS if hasattr(layer, key)}
+    return {key: value for key, value in found.items() if not isinstance(value, Tensor)}
 
 
 def _a_tensor(layer: nn.Module) -> Tensor | None:
@@ -311,8 +331,8 @@ def _planned(name: str, old: nn.Module, new: nn.Module, also: tuple[str, ...]) -
             "parametrizations first, and put them on the new layer"
         )
     shared, averages = _shared(old, new), _averages(old, new)
-    options = [key for key in _OPTIONS if hasattr(old, key)]
-    same = [key for key in options if getattr(new, key, _ABSENT) == getattr(old, key)]
+    options, others = _options(old), _options(new)
+    same = [key for key in options if key in others and others[key] == options[key]]
     taken = {*shared, *averages, *same}
     if "running_scale" in averages:
         taken.add("running_var")
@@ -320,7 +340,7 @@ def _planned(name: str, old: nn.Module, new: nn.Module, also: tuple[str, ...]) -
         taken.add("running_scale")
     had = [n for n, _ in (*old.named_parameters(), *old.named_buffers())]
     lost = [n for n in had if n not in taken]
-    lost += [f"{key}={getattr(old, key)}" for key in options if key not in taken]
+    lost += [f"{key}={value}" for key, value in options.items() if key not in taken]
     hooks = len(old._forward_hooks) + len(old._forward_pre_hooks) + len(old._backward_hooks)
     lost += [f"{hooks} hook(s)"] if hooks else []
     has = [n for n, _ in (*new.named_parameters(), *new.named_buffers())]
@@ -329,7 +349,7 @@ def _planned(name: str, old: nn.Module, new: nn.Module, also: tuple[str, ...]) -
         name,
         old,
         new,
-        kept=(*kept, *(f"{key}={getattr(old, key)}" for key in same)),
+        kept=(*kept, *(f"{key}={options[key]}" for key in same)),
         lost=tuple(lost),
         fresh=tuple(n for n in has if n not in taken),
         also=also,
@@ -337,17 +357,10 @@ def _planned(name: str, old: nn.Module, new: nn.Module, also: tuple[str, ...]) -
 
 
 def _hand_over(old: nn.Module, new: nn.Module) -> None:
-    """Give parameters, running averages and the mode of the old layer to the new one."""
-    _follow(new, old)
-    for name, (_, value) in _averages(old, new).items():
-        getattr(new, name).copy_(value)
+    """Give parameters, device, dtype and mode of one layer to the other."""
+    tensor = _a_tensor(old)
+    if tensor is not None:
+        new.to(device=tensor.device, dtype=tensor.dtype)
     for name in _shared(old, new):
         setattr(new, name, getattr(old, name))
     new.train(old.training)
-
-
-def _follow(layer: nn.Module, other: nn.Module) -> None:
-    """Move a layer to where another is, and to its dtype."""
-    tensor = _a_tensor(other)
-    if tensor is not None:
-        layer.to(device=tensor.device, dtype=tensor.dtype)
