@@ -77,9 +77,26 @@ def test_a_running_scale_is_the_root_of_the_running_variance_and_back():
     convert_norm(model, nn.BatchNorm2d, L1BatchNorm2d)
     assert torch.allclose(model[1].running_scale, (variance + 1e-4).sqrt())
     assert torch.equal(model[1].running_mean, mean)
-    convert_norm(model, L1BatchNorm2d, nn.BatchNorm2d)
+    swaps = list(convert_norm(model, L1BatchNorm2d, nn.BatchNorm2d))
+    assert "running_scale" not in swaps[0].lost
     assert torch.allclose(model[1].running_var, variance, rtol=1e-4)
     assert int(model[1].num_batches_tracked) == 20
+
+
+def test_a_running_variance_is_never_negative():
+    model = nn.Sequential(L1BatchNorm2d(3, eps=1e-2))
+    model[0].running_scale.fill_(1e-2)  # what zero channels have
+    convert_norm(model, L1BatchNorm2d, nn.BatchNorm2d)
+    assert not model[0].running_var.any()
+
+
+def test_gains_of_another_shape_start_anew():
+    model = network()
+    (swap,) = convert_norm(model, nn.BatchNorm2d, lambda old: nn.LayerNorm((8, 8, 8)), names="1")
+    assert swap.new.weight.shape == (8, 8, 8)
+    assert {"weight", "bias"} <= set(swap.lost)
+    assert swap.fresh == ("weight", "bias")
+    model(images())
 
 
 def test_for_gaussian_activations_the_converted_network_is_nearly_the_same():
@@ -183,10 +200,13 @@ def test_names_and_skip_are_globs():
 def test_a_shared_layer_stays_shared():
     norm = nn.BatchNorm2d(3)
     model = nn.Sequential(norm, nn.ReLU(), nn.ModuleDict({"again": norm})["again"])
-    (swap,) = convert_norm(model, nn.BatchNorm2d, L1BatchNorm2d)
+    conversion = convert_norm(model, nn.BatchNorm2d, L1BatchNorm2d)
+    (swap,) = conversion
     assert (swap.name, swap.also) == ("0", ("2",))
     assert model[0] is model[2]
     assert type(model[2]) is L1BatchNorm2d
+    conversion.undo()
+    assert model[0] is model[2] is norm
 
 
 CONVERSIONS = {

@@ -93,6 +93,15 @@ def test_bounded_gains_count_by_their_ratios_only(name):
     assert np.abs(module.weight.detach().numpy() - expected).max() < 1e-11
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_dims_may_be_counted_from_the_end(name):
+    last, second = (nn.Linear(5, 4, dtype=DTYPE) for _ in range(2))
+    second.load_state_dict(last.state_dict())
+    KINDS[name](last, dim=-1)
+    KINDS[name](second, dim=1)
+    assert torch.equal(last.weight, second.weight)
+
+
 def test_rho_can_be_given():
     fixed = W.bounded_weight_norm(nn.Linear(5, 4), rho=3.0)
     assert torch.allclose(fixed.weight.norm(dim=1), torch.full((4,), 3.0))
@@ -222,7 +231,7 @@ def test_half_precision_is_the_rounded_truth(name, dtype):
         module.weight.mul_(2000)
     exact = KINDS[name](copy.deepcopy(module).double())
     KINDS[name](module)
-    assert module.weight.dtype == dtype
+    assert {module.weight.dtype, *(o.dtype for o in originals(module))} == {dtype}
     error = (module.weight.double() - exact.weight).abs().max() / exact.weight.abs().max()
     # Roundings of the gain, of rho or the total, and of the result.
     assert error < 2 * torch.finfo(dtype).eps
@@ -237,6 +246,15 @@ def test_a_row_that_becomes_zero_stays_finite(name):
         originals(module)[-1][1].zero_()
     module(torch.ones(2, 5)).sum().backward()
     assert module.weight[1].abs().max() == 0
+    assert all(o.grad.isfinite().all() for o in originals(module))
+
+
+def test_bounded_gains_that_are_all_zero_stay_finite():
+    module = W.bounded_weight_norm(nn.Linear(5, 4), gains="bounded")
+    with torch.no_grad():
+        originals(module)[0].zero_()
+    module(torch.ones(2, 5)).sum().backward()
+    assert not module.weight.any()
     assert all(o.grad.isfinite().all() for o in originals(module))
 
 

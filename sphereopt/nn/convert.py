@@ -125,7 +125,7 @@ def convert_norm(
         source: class or classes of the layers to replace; subclasses count.
         target: class of the new layers, or a function old layer -> new layer. A class is called
             with the old layer's channels and those of its options that it has as well: eps,
-            momentum, affine, track_running_stats, unbiased, device, dtype.
+            momentum, affine, bias, unbiased, and track_running_stats unless at its default.
         names: replace only layers whose name fits one of these globs, such as ``"layer1.*"``.
         skip: leave layers whose name fits one of these globs.
         options: given to ``target`` (a class), before the old layer's: ``k=10``, ``groups=8``.
@@ -270,7 +270,7 @@ def _check_layout(what: str, old: nn.Module, target: type[nn.Module]) -> None:
 
 
 def _own_options(old: nn.Module, takes: Iterable[str]) -> dict[str, Any]:
-    """Return the old layer's options that a new one takes, where its tensors are and of what."""
+    """Return the old layer's options that a new one takes."""
     own = _options(old)
     usual = inspect.signature(type(old)).parameters.get("track_running_stats")
     if usual is not None and own.get("track_running_stats") == usual.default:
@@ -280,9 +280,6 @@ def _own_options(old: nn.Module, takes: Iterable[str]) -> dict[str, Any]:
         own.update(dict.fromkeys(_AFFINE, affine))
     if affine:
         own["bias"] = getattr(old, "bias", None) is not None
-    tensor = _a_tensor(old)
-    if tensor is not None:
-        own.update(device=tensor.device, dtype=tensor.dtype)
     return {key: own[key] for key in takes if key in own}
 
 
