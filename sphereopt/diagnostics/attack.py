@@ -125,7 +125,7 @@ def pgd(
 
     References:
         Towards Deep Learning Models Resistant to Adversarial Attacks, Madry, Makelov, Schmidt,
-        Tsipras and Vladu, 2018, section 2.1.
+        Tsipras and Vladu, 2018.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
