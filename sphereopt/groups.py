@@ -144,7 +144,8 @@ class _Chosen:
             spec = wanted[pattern] if isinstance(wanted, Mapping) else default
             found = [p for name, p in trainable if fnmatchcase(name, pattern)]
             if len(found) > 1 or pattern not in self._aliases:
-                found = [p for p in found if p not in self.spheres] or [self._find(pattern)]
+                free = [p for p in found if p not in self.spheres]
+                found = free if found else [self._find(pattern)]
             for p in found:
                 if p.requires_grad:
                     self._put((p,), spec, "constrained")

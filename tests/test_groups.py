@@ -99,6 +99,18 @@ def test_constrained_weights_are_kept_apart(constrain, sphere):
         so.SphereSGD(groups, lr=0.1, radius="free")
 
 
+def test_a_glob_whose_matches_are_all_proved_adds_nothing():
+    """It said that the model had no such parameter."""
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.LayerNorm(3), nn.Linear(3, 2))
+    for pattern in ("0.*", "[0-1].weight*"):
+        groups = so.param_groups(
+            model, {"0.weight": "tensor", "1.weight": "tensor"}, constrain=pattern
+        )
+        assert {g["kind"] for g in groups if g["sphere"]} == {"proved"}
+    with pytest.raises(ValueError, match=r"no parameter '7\.\*'"):
+        so.param_groups(model, {"0.weight": "tensor"}, constrain="7.*")
+
+
 QKV = "block:2@0:4,row@6:8"
 
 
