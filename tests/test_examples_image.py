@@ -309,8 +309,6 @@ def test_torch_has_no_radius_to_choose(example):
         example.run(**TOY, optimizer="SGD", radius="free")
 
 
-# numpy leaves the file of a truncated archive open to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_truncated_and_empty_files_are_named(example, tmp_path, capsys):
     whole = tmp_path / "whole.npz"
     digits = load("digits")

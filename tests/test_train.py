@@ -1,8 +1,10 @@
 """The comparison run as a library: its data, its arms, what they must agree on."""
 
+import gc
 import gzip
 import json
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -341,6 +343,19 @@ def test_not_an_npz(tmp_path):
     path.write_text("hello")
     with pytest.raises(OptionError, match="cannot be read"):
         load(str(path))
+
+
+def test_an_npz_that_is_cut_off_is_refused_and_closed(tmp_path):
+    """numpy leaves the handle it opened itself, and a ResourceWarning, behind."""
+    path = tmp_path / "own.npz"
+    np.savez(path, train_images=np.zeros((4, 8, 8)))
+    path.write_bytes(path.read_bytes()[:-40])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(OptionError, match="cannot be read"):
+            load(str(path))
+        gc.collect()
+    assert not caught
 
 
 @pytest.mark.parametrize(

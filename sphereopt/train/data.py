@@ -148,7 +148,8 @@ def _parse_idx(content: bytes) -> np.ndarray[Any, Any]:
 
 def _npz(source: str, path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: of a file that is cut off numpy would leave its own handle open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in _IDX}
     except KeyError as error:
         raise OptionError(
