@@ -52,6 +52,7 @@ BATCH, WIDTH = 16, 32
 WRONG = 0.3
 REST_LR = 0.03  # of plain SGD, for the gains and the head
 ROWS = 400  # of the log
+CHECK_EVERY = 100  # steps between looks at the loss: each makes the host wait for the device
 FILES = ("run.jsonl", "results.json", "report.html")
 COLOURS = ("#0072b2", "#d55e00")  # Okabe and Ito's: one per matrix
 
@@ -167,10 +168,19 @@ def train(model, source, optimizer, rest, tracker) -> list[float]:
         tracker.log(loss=loss)
         optimizer.step()
         rest.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise DivergedError(f"the loss is {losses[-1]} at step {step}; use a smaller lr")
-    return losses
+        losses.append(loss.detach())
+        if step % CHECK_EVERY == 0:
+            finite(losses)
+    return finite(losses)
+
+
+def finite(losses: list[Tensor]) -> list[float]:
+    """Return the losses as numbers: the only wait for the device."""
+    values = torch.stack(losses).tolist()
+    for step, value in enumerate(values, 1):
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss is {value} at step {step}; use a smaller lr")
+    return values
 
 
 def run(

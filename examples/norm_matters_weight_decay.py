@@ -195,12 +195,14 @@ def train(model, source, optimizer, schedulers, tracker, valid, o) -> dict[str, 
         optimizer.step()
         for scheduler in schedulers:
             scheduler.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise DivergedError(f"the loss is {losses[-1]} at step {step}; use a smaller lr")
-        if step % every == 0 or step == o["steps"]:
+        losses.append(loss.detach())
+        if step % every == 0 or step == o["steps"]:  # the only waits for the device
+            bad = (~torch.stack(losses).isfinite()).nonzero()
+            if len(bad):
+                where = f"at step {int(bad[0]) + 1}; use a smaller lr"
+                raise DivergedError(f"the loss is not finite {where}")
             curve.append((step, *evaluate(model, *valid)))
-    return {"losses": losses, "curve": curve}
+    return {"losses": torch.stack(losses).tolist(), "curve": curve}
 
 
 def run(

@@ -232,7 +232,7 @@ class Run:
         self.lr = next(g["lr"] for g in self.optimizer.param_groups if g["sphere"] is not None)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_factor)
         self.scaler = torch.amp.GradScaler(o.device, enabled=o.amp == "fp16")
-        self.losses: list[float] = []
+        self.losses, self.done = images.x.new_zeros(o.steps), 0
         if o.resume:
             self.resume(o.out / "checkpoint.pt")
         self.net: Callable[[Tensor], Tensor] = self.model
@@ -247,7 +247,7 @@ class Run:
 
     def step(self, tracker: Any) -> None:
         """Make one training step."""
-        x, y = self.images[len(self.losses)]
+        x, y = self.images[self.done]
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.o.amp or "")
         self.optimizer.zero_grad()
         with torch.autocast(self.o.device, half, enabled=half is not None):
@@ -262,9 +262,13 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        self.losses.append(loss.item())
-        if not math.isfinite(loss):
-            where = f"the loss is {loss:g} at step {len(self.losses)}, not finite"
+        self.losses[self.done] = loss
+        self.done += 1
+
+    def check_losses(self) -> None:
+        """Stop at a loss that is not finite; this is where the host waits for the device."""
+        for step in (~self.losses[: self.done].isfinite()).nonzero().flatten().tolist():
+            where = f"the loss is {self.losses[step]:g} at step {step + 1}, not finite"
             raise DivergedError(f"stopped: {where}; use a smaller lr than {self.lr:g}")
 
     @torch.no_grad()
@@ -284,7 +288,7 @@ class Run:
     def save(self, path: Path) -> None:
         """Write the checkpoint; one that a crash cuts off does not replace the last."""
         state = {name: vars(self)[name].state_dict() for name in PARTS}
-        state |= {"losses": self.losses, "options": self.lasting()}
+        state |= {"losses": self.losses[: self.done].tolist(), "options": self.lasting()}
         torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
@@ -298,7 +302,8 @@ class Run:
                 raise OptionError(key, value, f"the checkpoint was made with {old}; use that")
         for name in PARTS:
             vars(self)[name].load_state_dict(state[name])
-        self.losses = state["losses"]
+        self.done = len(state["losses"])
+        self.losses[: self.done] = self.losses.new_tensor(state["losses"])
 
 
 def processes(device: str) -> tuple[int, int]:
@@ -313,7 +318,7 @@ def processes(device: str) -> tuple[int, int]:
 
 def train(job: Run, writes: bool) -> None:
     """Make the steps that are left."""
-    o, done, log = job.o, len(job.losses), nullcontext()
+    o, done, log = job.o, job.done, nullcontext()
     if writes:
         about = {"every": max(1, o.steps // 200), "start": done, "config": job.lasting()}
         log = so.track(job.optimizer, o.out / "run.jsonl", **about)
@@ -321,8 +326,10 @@ def train(job: Run, writes: bool) -> None:
     with log as tracker:
         for step in progress.track(range(done + 1, o.steps + 1), o.optimizer, **bar):
             job.step(tracker)
-            if writes and (step % o.save_every == 0 or step == o.steps):
-                job.save(o.out / "checkpoint.pt")
+            if step % o.save_every == 0 or step == o.steps:
+                job.check_losses()
+                if writes:
+                    job.save(o.out / "checkpoint.pt")
 
 
 def run(**knobs: Any) -> dict[str, Any]:
@@ -338,7 +345,7 @@ def run(**knobs: Any) -> dict[str, Any]:
         prepare(o)
     begin = time.perf_counter()
     train(job, writes)
-    seconds, losses = time.perf_counter() - begin, job.losses
+    seconds, losses = time.perf_counter() - begin, job.losses.tolist()
     last = losses[-max(1, len(losses) // 10) :]
     results = {"optimizer": o.optimizer, "lr": job.lr, "train_loss": sum(last) / len(last)}
     results |= job.evaluate() | {"seconds": seconds, "steps": o.steps, "losses": losses}

@@ -90,6 +90,8 @@ HOMOGENEOUS = {
     "addcmul": lambda s, x: torch.addcmul(lin(s, x), lin(s, x).sign(), lin(s, x)),
     "addcdiv": lambda s, x: torch.addcdiv(lin(s, x), lin(s, x), x.abs() + 1),
     "lerp": lambda s, x: torch.lerp(lin(s, x), x @ s.a, 0.3),
+    "lerp_aside": lambda s, x: (s.cache.lerp_(lin(s, x).detach(), 0.3), lin(s, x))[1],
+    "cubic_mean": lambda s, x: lin(s, x).abs().pow(3).mean(0).pow(1 / 3) + lin(s, x),
     "lerp_tensor": lambda s, x: torch.lerp(lin(s, x), x @ s.a, x.sigmoid()),
     "sum_mean": lambda s, x: lin(s, x).sum(1, True) + lin(s, x).mean(0),
     "amax": lambda s, x: lin(s, x).amax(1, keepdim=True) * x + lin(s, x).min(),
@@ -226,6 +228,9 @@ NOT_HOMOGENEOUS = {
     "integers": lambda s, x: x * lin(s, x).long(),
     "norm0": lambda s, x: torch.linalg.vector_norm(lin(s, x), 0) * x + lin(s, x),
     "cube_root": lambda s, x: lin(s, x).abs() + lin(s, x).square().pow(1 / 3) * x,
+    "cube": lambda s, x: lin(s, x).abs().pow(3).mean().pow(1 / 3) + x,
+    "lerp_of_unequal": lambda s, x: torch.lerp(torch.ones(N, dtype=x.dtype), lin(s, x), 0.3),
+    "lerp_of_offset": lambda s, x: torch.lerp(lin(s, x), lin(s, x) + x[:1], 0.3),
     "cache": lambda s, x: x + _cached(s, lin(s, x)),  # a buffer written through a view
     "data": lambda s, x: x * s.a.data.norm() + lin(s, x) / s.a.norm(),
     "unknown": lambda s, x: torch.linalg.inv(s.a)[0] * x + lin(s, x),

@@ -119,7 +119,7 @@ def stop_after(example, monkeypatch, steps):
     made = example.Run.step
 
     def step(self, tracker):
-        if len(self.losses) == steps:
+        if self.done == steps:
             raise KeyboardInterrupt
         made(self, tracker)
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sphereopt.report.axes import log_scale
-from sphereopt.report.svg import COLOURS, GRID, INK
+from sphereopt.report.axes import dress, log_scale
+from sphereopt.report.svg import COLOURS, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,12 +30,7 @@ def _style(i: int) -> dict[str, Any]:
 
 def _dress(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=9, loc="left", color=INK)
-    axes.tick_params(which="both", color=GRID, labelcolor=INK, labelsize=8)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GRID)
+    dress(axes, 8)
 
 
 def _log(axes: Axes, values: Sequence[float]) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["log_scale", "make_axes", "with_legend"]
+__all__ = ["dress", "log_scale", "make_axes", "with_legend"]
 
 
 def make_axes(ylabel: str, size: tuple[float, float] = (4.6, 3.1)) -> tuple[Figure, Axes]:
@@ -29,14 +29,24 @@ def make_axes(ylabel: str, size: tuple[float, float] = (4.6, 3.1)) -> tuple[Figu
     axes = figure.add_subplot()
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel(ylabel, color=INK)
-    axes.tick_params(which="both", color=GRID, labelcolor=INK, labelsize=9)
+    dress(axes, 9)
+    axes.margins(x=0.02)
+    return figure, axes
+
+
+def dress(axes: Axes, labelsize: int) -> None:
+    """Give axes a quiet grid and two spines.
+
+    Args:
+        axes: What to dress.
+        labelsize: Of the ticks, in points.
+    """
+    axes.tick_params(which="both", color=GRID, labelcolor=INK, labelsize=labelsize)
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GRID)
-    axes.margins(x=0.02)
-    return figure, axes
 
 
 def with_legend(figure: Figure, axes: Axes) -> Figure:
