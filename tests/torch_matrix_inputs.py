@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sphereopt import geometry
+from sphereopt.optim.base import SphereOptimizer
 
 # The import warns where hypothesis is missing, and forbids all who come later to set torch's flags
 # (cudnn.enabled and the like); the context gives that permission back when it ends.
@@ -42,7 +43,7 @@ class Info(common_optimizers.OptimizerInfo):
         kind: ``"ordinary"``, ``"fixed"``, ``"free"`` or ``"literature"``.
         budget: Most memory that a step may take beside parameters, gradients and state, in copies
             of the parameters: one by one, and with ``foreach`` (None where there is no such form).
-        required: Options without a default.
+        required: Options passed where the inputs have none of the name.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Info(common_optimizers.OptimizerInfo):
         **more: Any,
     ) -> None:
         self._name, self.kind, self.budget, self.required = name, kind, budget, required or {}
+        if issubclass(cls, SphereOptimizer):  # torch's tests are made for torch's default
+            self.required = {"lr": cls.torch_lr, **self.required}
         if not callable(inputs):
             inputs = _as_torch_lists_them(inputs)
         super().__init__(

@@ -70,7 +70,9 @@ class SphereAdam(SphereOptimizer):
         lr: For ordinary groups and rows as in torch. On spheres, with the default move
             ``"rotate"``: the angle every sphere turns, in radians per step, whatever its size;
             :func:`sphereopt.theory.sphere_lr` gives that of a run of yours. With ``"retract"``,
-            ``"exp"`` or ``"renorm"``: Adam's own lr, the angle is about ``lr*|u|/r``.
+            ``"exp"`` or ``"renorm"``: Adam's own lr, the angle is about ``lr*|u|/r``. None: 0.02
+            radians on spheres and 3e-3 in ordinary groups; 1e-3, as in torch, under
+            ``radius="free"`` and with a move in Adam's unit.
         betas: Decay of the first and second moments.
         eps: Added to the root of the second moment, as in torch: after bias correction, in the
             units of the gradient at the stored norm (under ``radius="free"`` at the plain norm).
@@ -127,12 +129,13 @@ class SphereAdam(SphereOptimizer):
     tangent_buffers: ClassVar[tuple[str, ...]] = ("exp_avg",)
     default_move: ClassVar[str] = "rotate"
     homogeneity: ClassVar[int] = 0
+    ordinary_lr: ClassVar[float] = 3e-3
     sphere_numbers: ClassVar[tuple[str, ...]] = ("sphere_avg_sq", "max_sphere_avg_sq")
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,

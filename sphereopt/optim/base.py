@@ -44,6 +44,7 @@ __all__ = ["Keys", "Reading", "Slab", "SphereError", "SphereOptimizer"]
 Group = dict[str, Any]
 
 _DEFAULTS: Group = {
+    "lr": None,
     "weight_decay": 0.0,
     "sphere": None,
     "joint": False,
@@ -89,8 +90,12 @@ class SphereOptimizer(Optimizer, ABC):
     tangent_buffers: ClassVar[tuple[str, ...]] = ()
     #: State keys of what there is one number of per sphere, beside the radius.
     sphere_numbers: ClassVar[tuple[str, ...]] = ()
-    #: Move of groups that name none, under ``radius="fixed"``.
+    #: Move of groups that name none but an lr, under ``radius="fixed"``.
     default_move: ClassVar[str] = "retract"
+    #: Learning rate of ordinary groups that name none.
+    ordinary_lr: ClassVar[float] = 1e-3
+    #: That of the plain optimizer: under ``radius="free"``, and with a move in its unit.
+    torch_lr: ClassVar[float] = 1e-3
     #: The direction scales like the gradient to this power: 1 for SGD, 0 for Adam.
     homogeneity: ClassVar[int] = 1
     #: The direction and the buffers are linear in the gradients.
@@ -159,7 +164,7 @@ class SphereOptimizer(Optimizer, ABC):
             raise
 
     def _complete(self, group: Group, index: int) -> None:
-        resolve(group, type(self).default_move)
+        resolve(group, self.default_move, self.ordinary_lr, self.torch_lr)
         check_group(group, index)
         if group["differentiable"] and not self.smooth:
             raise ValueError(

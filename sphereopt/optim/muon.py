@@ -87,7 +87,9 @@ class SphereMuon(SphereOptimizer):
             radians per step; :func:`sphereopt.theory.sphere_lr` gives that of a run of yours.
             Elsewhere, and with ``"retract"``, ``"exp"`` or ``"renorm"``:
             Muon's own lr; there the fallback has the unit of AdamW's, so give its groups their
-            own, or use ``adjust_lr_fn="match_rms_adamw"``.
+            own, or use ``adjust_lr_fn="match_rms_adamw"``. None: 0.02 radians on spheres and 0.01
+            in ordinary groups; 1e-3, as in torch, under ``radius="free"`` and with a move in Muon's
+            unit.
         weight_decay: Decoupled; for ordinary groups, and under ``radius="free"``.
         momentum: Decay of the momentum, a moving average.
         nesterov: Use Nesterov momentum.
@@ -144,12 +146,13 @@ class SphereMuon(SphereOptimizer):
     tangent_buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer", "exp_avg")
     default_move: ClassVar[str] = "rotate"
     homogeneity: ClassVar[int] = 0
+    ordinary_lr: ClassVar[float] = 1e-2
     smooth: ClassVar[bool] = False
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         nesterov: bool = True,

@@ -33,7 +33,9 @@ class SphereSGD(SphereOptimizer):
             :math:`\operatorname{atan}(lr\,|u|/r)` radians. With ``move="rotate"`` or
             ``"hyperball"`` it is the angle itself, in radians per step;
             :func:`sphereopt.theory.sphere_lr` gives that of a run of yours. For ordinary groups
-            and rows always SGD's.
+            and rows always SGD's. None: 0.02 radians on spheres, with ``"rotate"`` unless another
+            move is named, and 0.1 in ordinary groups; 1e-3, as in torch, under ``radius="free"``
+            and with a move in SGD's unit.
         momentum: Momentum factor :math:`\mu`.
         dampening: Dampening :math:`\tau` of the momentum, from the second step on.
         weight_decay: L2 coefficient, for ordinary groups and under ``radius="free"``.
@@ -42,8 +44,8 @@ class SphereSGD(SphereOptimizer):
             ``"block:K"``, or pieces such as ``"block:8@0:512,row@512:520"``; rows that no piece
             covers are stepped as ``torch.optim.SGD`` steps them.
         joint: Spheres of one index across a group's tensors are one sphere.
-        move: Key of ``sphereopt.moves.MOVES``; by default ``"retract"``, or ``"renorm"`` under
-            ``radius="free"``.
+        move: Key of ``sphereopt.moves.MOVES``; by default ``"retract"`` (``"rotate"`` in groups
+            without an lr), or ``"renorm"`` under ``radius="free"``.
         radius: ``"fixed"`` keeps every norm; ``"free"`` reproduces ``torch.optim.SGD``'s
             directions with stored weights that never grow.
         transport: ``"none"``: the momentum is an ambient vector and raw gradients enter it, as in
@@ -84,11 +86,12 @@ class SphereSGD(SphereOptimizer):
 
     tangent_buffers: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     linear: ClassVar[bool] = True
+    ordinary_lr: ClassVar[float] = 0.1
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
