@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -154,7 +155,7 @@ def checked(optimizer: str, device: str, steps: int, **positive: float) -> None:
     if steps < 20:
         raise OptionError("steps", steps, "must be 20 or more: half of them are averaged")
     for name, value in positive.items():
-        if not 0 < value < math.inf:
+        if not 0 < value <= 1e38:  # float32 ends there
             raise OptionError(name, value, "must be a positive number")
 
 
@@ -223,6 +224,7 @@ def run(
         losses = train(model, source, optimized, rest, tracker)
     found = {
         "optimizer": optimizer,
+        "seed": seed,
         "lr": lr,
         "weight_decay": weight_decay,
         "steps": steps,
@@ -249,7 +251,11 @@ def clean(out: Path) -> Path:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw norm and angle of every matrix, the tracker's in colour, the calculator's dashed."""
+    """Draw norm and angle of every matrix, the tracker's in colour, the calculator's dashed.
+
+    Of several seeds the first.
+    """
+    results = [found for found in results if found["seed"] == results[0]["seed"]]
 
     def smooth(line: list[float]) -> np.ndarray:
         size = max(1, len(line) // 80)  # rows to a point: a step's angle is noisy
@@ -273,14 +279,17 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def cells(found: dict[str, Any], name: str) -> list[str]:
-    """Return the cells of a matrix's line in the table; angles in milliradians."""
-    texts = [found["optimizer"], name]
+def cells(results: list[dict[str, Any]], optimizer: str, name: str) -> list[str]:
+    """Return a matrix's line of the table: means over seeds; angles in milliradians."""
+    texts = [optimizer, name]
     for key in ("angle", "norm"):
-        entry = found["matrices"][name][key]
+        entries = [r["matrices"][name][key] for r in results if r["optimizer"] == optimizer]
         unit = 1e3 if key == "angle" else 1.0
-        texts += [f"{unit * entry[x]:.3f}" for x in ("predicted", "measured")]
-        texts.append(f"{entry['ratio']:.3f}")
+        for x in ("predicted", "measured"):
+            texts.append(f"{unit * np.mean([entry[x] for entry in entries]):.3f}")
+        ratios = [entry["ratio"] for entry in entries]
+        spread = f" ± {np.std(ratios, ddof=1):.3f}" if len(ratios) > 1 else ""
+        texts.append(f"{np.mean(ratios):.3f}{spread}")
     return texts
 
 
@@ -313,7 +322,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.error = lambda text: parser.exit(2, f"{parser.prog}: error: {text}\n")
     parser.add_argument("--data", default="digits", help="digits, an idx folder, or an .npz")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="the first")
+    parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--optimizer", default="all", help=f"all, {', '.join(OPTIMIZERS)}")
     parser.add_argument("--lr", type=float, help="none: that of the optimizer, see OPTIMIZERS")
@@ -326,13 +336,19 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = vars(parsed(argv))
-    path, out, wanted = (args.pop(key) for key in ("json", "out", "optimizer"))
-    names = list(OPTIMIZERS) if wanted == "all" else [wanted]
+    path, out, wanted, first, count = (
+        args.pop(key) for key in ("json", "out", "optimizer", "seed", "seeds")
+    )
+    names, seeds = list(OPTIMIZERS) if wanted == "all" else [wanted], range(first, first + count)
     try:
         if path is not None and not path.parent.is_dir():
             raise OptionError("json", path, "there is no such folder")
-        folders = {name: None if out is None else out / name for name in names}
-        results = [run(**args, optimizer=name, out=folders[name]) for name in names]
+        if count < 1:
+            raise OptionError("seeds", count, "must be 1 or more")
+        results = []
+        for seed, name in itertools.product(seeds, names):
+            folder = None if out is None else out / f"{name}-{seed}"
+            results.append(run(**args, seed=seed, optimizer=name, out=folder))
         if out is not None:
             draw(results, out / "equilibrium.svg")
         if path is not None:
@@ -346,9 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     heads = [f"{key} {x}" for key in ("mrad:", "norm:") for x in ("theory", "tracker", "ratio")]
     table = Table("optimizer", "matrix", *heads, box=SIMPLE_HEAD)
-    for found in results:
-        for name in found["matrices"]:
-            table.add_row(*cells(found, name))
+    for optimizer, name in itertools.product(names, results[0]["matrices"]):
+        table.add_row(*cells(results, optimizer, name))
     Console().print(table)
     return 0
 

@@ -1,5 +1,6 @@
 """examples/equilibrium.py: what it compares is what happened, and its page says what it found."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -70,6 +71,7 @@ def test_the_same_seed_gives_the_same_run_and_leaves_torchs_generator_alone(exam
         ({"optimizer": "Adagrad"}, "optimizer='Adagrad': use one of SGD, AdamW, Lion, Muon"),
         ({"steps": 0}, "steps='0'"),
         ({"lr": -1.0}, "lr='-1.0': must be a positive number"),
+        ({"lr": 1e39}, r"lr='1e\+39': must be a positive number"),
         ({"weight_decay": math.nan}, "weight_decay='nan'"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"data": "no/such.npz"}, "there is no such folder or file"),
@@ -89,11 +91,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_logged(examp
 
 
 def test_the_script_prints_a_table_and_writes_results_and_picture(tmp_path):
-    command = [sys.executable, SCRIPT, "--steps", "20", "--json", tmp_path / "r.json"]
+    options = ["--steps", "20", "--seed", "3", "--seeds", "2", "--json", tmp_path / "r.json"]
+    command = [sys.executable, SCRIPT, *options, "--out", tmp_path / "out"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert all(name in found.stdout for name in NAMES)
     results = json.loads((tmp_path / "r.json").read_text())
-    assert [r["optimizer"] for r in results["runs"]] == NAMES
+    assert [r["optimizer"] for r in results["runs"]] == 2 * NAMES
+    assert [r["seed"] for r in results["runs"]] == [3] * 4 + [4] * 4
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert folders == sorted(f"{name}-{seed}" for name in NAMES for seed in (3, 4))
     assert results["about"]["torch"] == torch.__version__
     assert "<svg" in (tmp_path / "r.svg").read_text()
 
@@ -106,9 +112,33 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(example, tmp_path, capsys):
     assert error.startswith("equilibrium.py: error: --data")
 
 
+def test_cells_are_means_and_deviations_over_seeds(example):
+    def result(optimizer, measured):
+        entry = {"predicted": 2.0, "measured": measured, "ratio": 2 / measured}
+        return {"optimizer": optimizer, "matrices": {"w": {"angle": entry, "norm": entry}}}
+
+    one, two = result("SGD", 1.0), result("SGD", 4.0)
+    assert example.cells([one, result("Lion", 7.0)], "SGD", "w")[2:5] == [
+        "2000.000",
+        "1000.000",
+        "2.000",
+    ]
+    wanted = [
+        "SGD",
+        "w",
+        "2000.000",
+        "2500.000",
+        "1.250 ± 1.061",
+        "2.000",
+        "2.500",
+        "1.250 ± 1.061",
+    ]
+    assert example.cells([one, two], "SGD", "w") == wanted
+
+
 def test_the_page_says_what_was_measured(example):
     results, page = json.loads(RESULTS.read_text()), PAGE.read_text()
-    for found in results["runs"]:
-        for name in found["matrices"]:
-            assert f"| {' | '.join(example.cells(found, name))} |" in page
+    assert [r["seed"] for r in results["runs"]] == [0] * 4 + [1] * 4 + [2] * 4
+    for optimizer, name in itertools.product(NAMES, results["runs"][0]["matrices"]):
+        assert f"| {' | '.join(example.cells(results['runs'], optimizer, name))} |" in page
     assert results["about"]["command"] in page
