@@ -9,6 +9,7 @@ from torch import nn
 import sphereopt as so
 
 ORDINARY = {so.SphereSGD: 0.1, so.SphereAdam: 3e-3, so.SphereLion: 1e-3, so.SphereMuon: 1e-2}
+ANGLE = {so.SphereSGD: 0.02, so.SphereAdam: 0.02, so.SphereLion: 0.03, so.SphereMuon: 0.02}
 PLAIN = {so.SphereSGD: 1e-3, so.SphereAdam: 1e-3, so.SphereLion: 1e-4, so.SphereMuon: 1e-3}
 CLASSES = pytest.mark.parametrize("cls", ORDINARY, ids=lambda cls: cls.__name__)
 
@@ -36,14 +37,14 @@ def test_spheres_turn_by_the_default_angle_and_others_have_their_own_rate(cls):
     model = net()
     optimizer = cls(groups(model))
     assert [(g["sphere"], g["lr"]) for g in optimizer.param_groups] == [
-        ("row", 0.02),
+        ("row", ANGLE[cls]),
         (None, ORDINARY[cls]),
         (None, ORDINARY[cls]),
     ]
     before = model[0].weight.detach().clone()
     train(model, optimizer, 1)
     turned = so.geometry.angle(before, model[0].weight.detach(), "row")
-    torch.testing.assert_close(turned, torch.full_like(turned, 0.02), atol=1e-12, rtol=0)
+    torch.testing.assert_close(turned, torch.full_like(turned, ANGLE[cls]), atol=1e-12, rtol=0)
 
 
 @CLASSES
@@ -62,7 +63,7 @@ def test_lr_has_the_unit_of_the_move(cls, move, radius, lr):
     default = "renorm" if radius == "free" else "rotate" if rotates else "retract"
     assert group["move"] == (move or default)
     in_radians = group["move"] in so.moves.RADIANS
-    assert group["lr"] == (lr or (0.02 if in_radians else PLAIN[cls]))
+    assert group["lr"] == (lr or (ANGLE[cls] if in_radians else PLAIN[cls]))
 
 
 @CLASSES
@@ -71,7 +72,7 @@ def test_each_group_is_asked_by_itself(cls):
     given = [{"params": [a], "sphere": "row", "lr": 0.5}, {"params": [b], "lr": None}]
     optimizer = cls([*given, {"params": [c], "sphere": "row"}])
     optimizer.add_param_group({"params": [d], "radius": "free"})
-    assert [g["lr"] for g in optimizer.param_groups] == [0.5, ORDINARY[cls], 0.02, PLAIN[cls]]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.5, ORDINARY[cls], ANGLE[cls], PLAIN[cls]]
     moves = [g["move"] for g in optimizer.param_groups]
     assert moves == ["retract" if cls is so.SphereSGD else "rotate", None, "rotate", None]
     assert given[1]["lr"] is None, "the caller's groups are not written to"
@@ -105,8 +106,8 @@ def test_schedules_and_checkpoints_know_the_rates(cls):
         train(whole, optimizer, 1)
         schedule.step()
     first, *_ = optimizer.param_groups
-    assert first["initial_lr"] == 0.02
-    assert first["lr"] == pytest.approx(0.01)
+    assert first["initial_lr"] == ANGLE[cls]
+    assert first["lr"] == pytest.approx(ANGLE[cls] / 2)
     kept = copy.deepcopy([x.state_dict() for x in (whole, optimizer, schedule)])
     again = start()
     for part, state in zip(again, kept, strict=True):
@@ -114,3 +115,29 @@ def test_schedules_and_checkpoints_know_the_rates(cls):
     train(whole, optimizer, 5)
     train(again[0], again[1], 5)
     assert all(map(torch.equal, whole.parameters(), again[0].parameters()))
+
+
+def test_a_rule_of_ones_own_need_not_know_of_lr():
+    class Gradient(so.SphereOptimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def state_keys(self, group, params):
+            return so.optim.Keys(())
+
+        def decay(self, group):
+            return 0.0, 1.0
+
+        def direction(self, grads, slab, group):
+            return grads
+
+        def plain_step(self, params, states, group):
+            raise NotImplementedError
+
+    optimizer = Gradient(
+        [{"params": [torch.ones(2, 3)], "sphere": "row"}, {"params": torch.ones(1)}]
+    )
+    assert [(g["lr"], g["move"]) for g in optimizer.param_groups] == [
+        (0.02, "rotate"),
+        (1e-3, None),
+    ]

@@ -16,7 +16,6 @@ from sphereopt.optim._rounding import ROUNDINGS
 from sphereopt.radius import POLICIES
 
 __all__ = [
-    "DEFAULT_ANGLE",
     "KINDS",
     "check_checkpoint",
     "check_group",
@@ -27,8 +26,6 @@ __all__ = [
 ]
 
 KINDS = ("proved", "constrained")
-#: Radians per step where no lr is given: by measurement one number serves every direction.
-DEFAULT_ANGLE = 0.02
 _CHOICES = {
     "move": tuple(MOVES),
     "radius": POLICIES,
@@ -63,12 +60,15 @@ def units(group: Group) -> list[tuple[int, list[Tensor]]]:
     return [(0, params)] if group.get("joint") else [(i, [p]) for i, p in enumerate(params)]
 
 
-def resolve(group: Group, default_move: str, ordinary_lr: float, torch_lr: float) -> None:
+def resolve(
+    group: Group, *, default_move: str, default_angle: float, ordinary_lr: float, torch_lr: float
+) -> None:
     """Fill in the move and the learning rate that a group leaves open.
 
     Args:
         group: A group as torch stores it.
         default_move: Under ``radius="fixed"``, if there is an lr to go with it.
+        default_angle: Learning rate on spheres, in radians per step, where the move takes those.
         ordinary_lr: For groups on no sphere.
         torch_lr: For copies of a torch optimizer, and moves whose lr is in its unit.
     """
@@ -81,7 +81,7 @@ def resolve(group: Group, default_move: str, ordinary_lr: float, torch_lr: float
         # Without an lr there is no number in the plain optimizer's unit to follow.
         group["move"] = "renorm" if free else "rotate" if open_lr else default_move
     if open_lr and not ordinary and group["move"] in RADIANS:
-        group["lr"] = DEFAULT_ANGLE
+        group["lr"] = default_angle
     elif open_lr:
         group["lr"] = ordinary_lr if ordinary and not free else torch_lr
 

@@ -92,9 +92,11 @@ class SphereOptimizer(Optimizer, ABC):
     sphere_numbers: ClassVar[tuple[str, ...]] = ()
     #: Move of groups that name none but an lr, under ``radius="fixed"``.
     default_move: ClassVar[str] = "retract"
-    #: Learning rate of ordinary groups that name none.
+    #: Learning rate of groups that name none, on spheres: radians per step, by measurement.
+    default_angle: ClassVar[float] = 0.02
+    #: The same of ordinary groups.
     ordinary_lr: ClassVar[float] = 1e-3
-    #: That of the plain optimizer: under ``radius="free"``, and with a move in its unit.
+    #: The plain optimizer's own: under ``radius="free"``, and with a move in its unit.
     torch_lr: ClassVar[float] = 1e-3
     #: The direction scales like the gradient to this power: 1 for SGD, 0 for Adam.
     homogeneity: ClassVar[int] = 1
@@ -164,7 +166,13 @@ class SphereOptimizer(Optimizer, ABC):
             raise
 
     def _complete(self, group: Group, index: int) -> None:
-        resolve(group, self.default_move, self.ordinary_lr, self.torch_lr)
+        resolve(
+            group,
+            default_move=self.default_move,
+            default_angle=self.default_angle,
+            ordinary_lr=self.ordinary_lr,
+            torch_lr=self.torch_lr,
+        )
         check_group(group, index)
         if group["differentiable"] and not self.smooth:
             raise ValueError(

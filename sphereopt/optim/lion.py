@@ -31,7 +31,7 @@ class SphereLion(SphereOptimizer):
         lr: On spheres, with the default move ``"rotate"``: the angle every sphere turns, in
             radians per step; :func:`sphereopt.theory.sphere_lr` gives that of a run of yours.
             Elsewhere, and with ``"retract"``, ``"exp"`` or ``"renorm"``: Lion's
-            own lr, the length of the step of every entry. None: 0.02 radians on spheres and 1e-3 in
+            own lr, the length of the step of every entry. None: 0.03 radians on spheres and 1e-3 in
             ordinary groups; 1e-4, as the authors', under ``radius="free"`` and with a move in
             Lion's unit.
         betas: Weight of the momentum in the direction, and decay of the momentum.
@@ -77,6 +77,7 @@ class SphereLion(SphereOptimizer):
     tangent_buffers: ClassVar[tuple[str, ...]] = ("exp_avg",)
     default_move: ClassVar[str] = "rotate"
     homogeneity: ClassVar[int] = 0
+    default_angle: ClassVar[float] = 0.03
     torch_lr: ClassVar[float] = 1e-4
     smooth: ClassVar[bool] = False
 
