@@ -58,7 +58,7 @@ class Info(common_optimizers.OptimizerInfo):
     ) -> None:
         self._name, self.kind, self.budget, self.required = name, kind, budget, required or {}
         if issubclass(cls, SphereOptimizer):  # torch's tests are made for torch's default
-            self.required = {"lr": cls.torch_lr, **self.required}
+            self.required = {"lr": cls.plain_lr, **self.required}
         if not callable(inputs):
             inputs = _as_torch_lists_them(inputs)
         super().__init__(

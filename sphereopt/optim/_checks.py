@@ -61,7 +61,7 @@ def units(group: Group) -> list[tuple[int, list[Tensor]]]:
 
 
 def resolve(
-    group: Group, *, default_move: str, default_angle: float, ordinary_lr: float, torch_lr: float
+    group: Group, *, default_move: str, default_angle: float, ordinary_lr: float, plain_lr: float
 ) -> None:
     """Fill in the move and the learning rate that a group leaves open.
 
@@ -70,20 +70,17 @@ def resolve(
         default_move: Under ``radius="fixed"``, if there is an lr to go with it.
         default_angle: Learning rate on spheres, in radians per step, where the move takes those.
         ordinary_lr: For groups on no sphere.
-        torch_lr: For copies of a torch optimizer, and moves whose lr is in its unit.
+        plain_lr: For copies of the plain optimizer, and moves whose lr is in its unit.
     """
-    ordinary, free, open_lr = (
-        group["sphere"] is None,
-        group["radius"] == "free",
-        group["lr"] is None,
-    )
+    ordinary, free = group["sphere"] is None, group["radius"] == "free"
+    open_lr = group["lr"] is None
     if group["move"] is None and not ordinary:
         # Without an lr there is no number in the plain optimizer's unit to follow.
         group["move"] = "renorm" if free else "rotate" if open_lr else default_move
     if open_lr and not ordinary and group["move"] in RADIANS:
         group["lr"] = default_angle
     elif open_lr:
-        group["lr"] = ordinary_lr if ordinary and not free else torch_lr
+        group["lr"] = ordinary_lr if ordinary and not free else plain_lr
 
 
 def check_group(group: Group, index: int) -> None:

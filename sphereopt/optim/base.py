@@ -97,7 +97,7 @@ class SphereOptimizer(Optimizer, ABC):
     #: The same of ordinary groups.
     ordinary_lr: ClassVar[float] = 1e-3
     #: The plain optimizer's own: under ``radius="free"``, and with a move in its unit.
-    torch_lr: ClassVar[float] = 1e-3
+    plain_lr: ClassVar[float] = 1e-3
     #: The direction scales like the gradient to this power: 1 for SGD, 0 for Adam.
     homogeneity: ClassVar[int] = 1
     #: The direction and the buffers are linear in the gradients.
@@ -171,7 +171,7 @@ class SphereOptimizer(Optimizer, ABC):
             default_move=self.default_move,
             default_angle=self.default_angle,
             ordinary_lr=self.ordinary_lr,
-            torch_lr=self.torch_lr,
+            plain_lr=self.plain_lr,
         )
         check_group(group, index)
         if group["differentiable"] and not self.smooth:

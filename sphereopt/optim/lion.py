@@ -78,7 +78,7 @@ class SphereLion(SphereOptimizer):
     default_move: ClassVar[str] = "rotate"
     homogeneity: ClassVar[int] = 0
     default_angle: ClassVar[float] = 0.03
-    torch_lr: ClassVar[float] = 1e-4
+    plain_lr: ClassVar[float] = 1e-4
     smooth: ClassVar[bool] = False
 
     def __init__(
