@@ -1,6 +1,9 @@
 """What weight decay does before a BatchNorm: it sets the effective learning rate, lr / norm**2.
 
     python examples/norm_matters_weight_decay.py [--data FOLDER] [--out runs/norm_matters]
+    python examples/norm_matters_weight_decay.py --device cuda --data cifar10.npz --steps 31250 \\
+        --width 64 --pixels 32 --shift 4 --lr 0.1 --weight-decay 5e-4 --train-images 50000 \\
+        --valid-images 10000   # the paper's size
 
 The experiment of Hoffer et al. (2018): a VGG-11 with and without weight decay, and without it but
 with the norms of the run that had it. All arms have the same weights, batches and momentum:
@@ -14,24 +17,22 @@ with the norms of the run that had it. All arms have the same weights, batches a
 
 Small differences from the paper: only filters are decayed (gains and biases are not, and the head a
 little in every arm), convolutions have no bias, and norms are recorded at every step instead of
-every epoch. Needs pip install "sphereopt[examples,report]".
+every epoch. For several seeds see benchmarks/norm_matters.py. Needs
+pip install "sphereopt[examples,report]".
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import math
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import matplotlib as mpl
 import torch
@@ -41,7 +42,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy
+from torch.nn.functional import avg_pool2d, cross_entropy, pad
 
 import sphereopt as so
 from sphereopt.train import DivergedError, OptionError, load
@@ -55,23 +56,49 @@ ARMS = {
     "free": ("#56b4e9", ":"),
     "fixed": ("#000000", ":"),
 }
-STEPS, BATCH = 2000, 128
-LR, MOMENTUM, DROP = 0.05, 0.9, 0.1  # lr falls by DROP at each quarter of the run
+BATCH, MOMENTUM, DROP = 128, 0.9, 0.1  # lr falls by DROP at each quarter of the run
 HEAD_DECAY = 5e-4  # in every arm: the head is not scale-invariant
-#: How many times the steps at peak lr would forget a direction if they went on for the whole run:
-#: lr * weight_decay * steps / (1 - momentum). It sets the weight decay of "decay", which at the
-#: paper's 5e-4 would do nothing in a short run. The paper's 80 epochs have 16.
-MEMORIES = 8
-WIDTH = 8  # filters of the first layer; the paper's VGG-11 has 64
-PIXELS = 16  # larger images are averaged over 2 x 2 until they are no larger
-TRAIN_IMAGES, VALID_IMAGES = 6000, 2000  # the first so many
 EVALUATIONS = 24
-#: The paper's size, for a GPU; with CIFAR-10 as .npz.
-FULL = {"steps": 31_250, "width": 64, "pixels": 32, "lr": 0.1, "weight_decay": 5e-4}
-FULL["train_images"] = 50_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """The knobs, each with its help text; every one is an option of the command line too."""
+
+    data: Annotated[str, "digits, a folder of idx files, or an .npz"] = "digits"
+    device: Annotated[str, "cpu or cuda"] = "cpu"
+    steps: Annotated[int, "training steps"] = 2000
+    lr: Annotated[float, "the peak"] = 0.05
+    weight_decay: Annotated[float | None, "of decay; None: set by memories"] = None
+    #: Steps at peak lr forget a direction at a rate of lr * weight_decay / (1 - momentum). At the
+    #: paper's 5e-4 a short run would forget nothing; the paper's 80 epochs have 16 memories.
+    memories: Annotated[float, "how often decay would forget a direction, were lr constant"] = 8
+    width: Annotated[int, "filters of the first layer; the paper's VGG-11 has 64"] = 8
+    pixels: Annotated[int, "larger images are averaged over 2 x 2 until they are no larger"] = 16
+    shift: Annotated[int, "shift images at random by so many pixels, and mirror half of them"] = 0
+    train_images: Annotated[int, "the first so many"] = 6000
+    valid_images: Annotated[int, "the first so many of those held out"] = 2000
+
+    def __post_init__(self) -> None:
+        no_cuda = self.device == "cuda" and not torch.cuda.is_available()
+        if self.device not in ("cpu", "cuda") or no_cuda:
+            raise OptionError("device", self.device, "torch finds no such device here; use cpu")
+        if self.steps < 8:
+            raise OptionError("steps", self.steps, "must be 8 or more: lr drops at every quarter")
+        for name, value in asdict(self).items():
+            least = 0 if name == "shift" else 1e-38
+            if type(value) in (int, float) and not least <= value < 1e38:
+                raise OptionError(name, value, "must be a positive number")
+
+    @property
+    def decay(self) -> float:
+        """Weight decay of the arms that have it."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return self.memories * (1 - MOMENTUM) / (self.lr * self.steps)
+
+
 FILES = ("run.jsonl", "results.json", "report.html")
-#: 95 % of Student's distribution, by number of seeds.
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def network(width: int, channels: int, classes: int, size: int) -> nn.Sequential:
@@ -99,13 +126,13 @@ def groups(model: nn.Sequential, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def build(
-    arm: str, model: nn.Sequential, norms: dict[str, Tensor], o: dict[str, Any]
+    arm: str, model: nn.Sequential, norms: dict[str, Tensor], o: Options
 ) -> tuple[torch.optim.Optimizer, list[Any]]:
     """Return the arm's optimizer, and what is to be stepped after it."""
-    lr, decay = o["lr"], o["weight_decay"]
+    lr, decay = o.lr, o.decay
 
     def factor(step: int) -> float:
-        return DROP ** min(3, 4 * step // o["steps"])
+        return DROP ** min(3, 4 * step // o.steps)
 
     own = groups(model, decay if arm in ("decay", "free") else 0.0)
     factors: list[Callable[[int], float]] = [factor for _ in own]
@@ -122,7 +149,7 @@ def build(
         later = [so.optim.RadiusReplay(optimizer, norms)]
     if arm == "norm schedule":
         # From the norms at which "decay" had settled before its first drop; lr stays where it is.
-        set_norms(model, {name: rows[o["steps"] // 4] for name, rows in norms.items()})
+        set_norms(model, {name: rows[o.steps // 4] for name, rows in norms.items()})
         factors = [(lambda step: 1.0) if g["sphere"] else factor for g in own]
         later = [so.optim.RadiusSchedule.from_lr(optimizer, factor)]
     return optimizer, [torch.optim.lr_scheduler.LambdaLR(optimizer, factors), *later]
@@ -136,27 +163,37 @@ def set_norms(model: nn.Module, norms: dict[str, Tensor]) -> None:
         p.mul_((rows / p.flatten(1).norm(dim=1)).to(p)[:, None, None, None])
 
 
-def images(o: dict[str, Any]) -> tuple[list[tuple[Tensor, Tensor]], int]:
+def images(o: Options) -> tuple[list[tuple[Tensor, Tensor]], int]:
     """Return training and validation images on the device, normalized, and the classes."""
-    found, parts = load(o["data"]), []
+    found, parts = load(o.data), []
     for x, y, count in (
-        (found.train_images, found.train_labels, o["train_images"]),
-        (found.test_images, found.test_labels, VALID_IMAGES),
+        (found.train_images, found.train_labels, o.train_images),
+        (found.test_images, found.test_labels, o.valid_images),
     ):
         if x.shape[1] > 4 >= x.shape[-1]:  # .npz files often have the channels last
             x = x.permute(0, 3, 1, 2)
         x = found.normalized(x[:count], torch.float32)
-        while min(x.shape[-2:]) > o["pixels"]:
+        while min(x.shape[-2:]) > o.pixels:
             x = avg_pool2d(x, 2)
-        parts.append((x.to(o["device"]), y[:count].to(o["device"])))
+        parts.append((x.to(o.device), y[:count].to(o.device)))
     return parts, found.classes
 
 
-def batches(x: Tensor, y: Tensor, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def shifted_and_mirrored(x: Tensor, by: int, draw: torch.Generator) -> Tensor:
+    """Return every image moved by up to so many pixels each way, half of them mirrored."""
+    n, _, height, width = x.shape
+    top, left = torch.randint(2 * by + 1, (2, n, 1), generator=draw)
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    columns = torch.where(torch.rand(n, 1, generator=draw) < 0.5, columns.flip(1), columns)
+    moved = pad(x, [by] * 4)[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def batches(x: Tensor, y: Tensor, o: Options, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+    for _ in range(o.steps):
         pick = torch.randint(len(x), (BATCH,), generator=draw).to(x.device)
-        yield x[pick], y[pick]
+        yield shifted_and_mirrored(x[pick], o.shift, draw) if o.shift else x[pick], y[pick]
 
 
 @torch.no_grad()
@@ -169,23 +206,9 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     return cross_entropy(outputs, y).item(), right.item()
 
 
-def checked(o: dict[str, Any]) -> None:
-    """Raise an OptionError for the first option that cannot be used."""
-    if o["arm"] not in ARMS:
-        raise OptionError("arm", o["arm"], f"use one of {', '.join(ARMS)}")
-    no_cuda = o["device"] == "cuda" and not torch.cuda.is_available()
-    if o["device"] not in ("cpu", "cuda") or no_cuda:
-        raise OptionError("device", o["device"], "torch finds no such device here; use cpu")
-    if o["steps"] < 8:
-        raise OptionError("steps", o["steps"], "must be 8 or more: lr drops at every quarter")
-    for name in ("lr", "weight_decay", "width", "pixels", "train_images"):
-        if not 0 < o[name] < math.inf:
-            raise OptionError(name, o[name], "must be a positive number")
-
-
 def train(model, source, optimizer, schedulers, tracker, valid, o) -> dict[str, Any]:
     """Run the plain loop; return losses, and step, loss and accuracy at every evaluation."""
-    losses, curve, every = [], [], max(1, o["steps"] // EVALUATIONS)
+    losses, curve, every = [], [], max(1, o.steps // EVALUATIONS)
     for step, (x, y) in enumerate(source, 1):
         optimizer.zero_grad()
         loss = cross_entropy(model(x), y)
@@ -196,7 +219,7 @@ def train(model, source, optimizer, schedulers, tracker, valid, o) -> dict[str, 
         for scheduler in schedulers:
             scheduler.step()
         losses.append(loss.detach())
-        if step % every == 0 or step == o["steps"]:  # the only waits for the device
+        if step % every == 0 or step == o.steps:  # the only waits for the device
             bad = (~torch.stack(losses).isfinite()).nonzero()
             if len(bad):
                 where = f"at step {int(bad[0]) + 1}; use a smaller lr"
@@ -207,51 +230,42 @@ def train(model, source, optimizer, schedulers, tracker, valid, o) -> dict[str, 
 
 def run(
     *,
-    data: str = "digits",
-    device: str = "cpu",
-    seed: int = 0,
-    steps: int = STEPS,
     arm: str = "decay",
+    seed: int = 0,
     norms: dict[str, Tensor] | None = None,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    width: int = WIDTH,
-    pixels: int = PIXELS,
-    train_images: int = TRAIN_IMAGES,
     out: Path | None = None,
     progress: bool = True,
+    **knobs: Any,
 ) -> dict[str, Any]:
-    """Train one arm; norms are those that "decay" returned (None: it is run first, if needed).
+    """Train one arm; knobs are the fields of Options, all optional.
 
-    lr None is LR, weight_decay None is set by MEMORIES. Returns train_loss (mean of the last tenth
-    of the steps), valid_loss and valid_accuracy (means of the last eighth), before_drop (accuracy,
-    mean of the last half of the first quarter), seconds, steps, lr, weight_decay, curve (step,
-    loss, accuracy) and norms (name to norms before every step, and the last).
+    Norms are those that "decay" returned (None: it is run first, if needed). Returns train_loss
+    (mean of the last tenth of the steps), valid_loss and valid_accuracy (means of the last eighth),
+    before_drop (accuracy, mean of the last half of the first quarter), seconds, curve (step, loss,
+    accuracy), norms (name to norms before every step, and the last), and all options.
     """
-    lr = LR if lr is None else lr
-    if weight_decay is None and steps * lr > 0:
-        weight_decay = MEMORIES * (1 - MOMENTUM) / (lr * steps)
-    o = {"data": data, "device": device, "seed": seed, "steps": steps, "arm": arm, "lr": lr}
-    o |= {"weight_decay": weight_decay, "width": width, "pixels": pixels}
-    o |= {"train_images": train_images}
-    checked(o)
+    o = Options(**knobs)
+    if arm not in ARMS:
+        raise OptionError("arm", arm, f"use one of {', '.join(ARMS)}")
     if norms is None and arm in ("lr correction", "norm schedule"):
-        norms = run(**{**o, "arm": "decay"}, progress=progress)["norms"]
+        norms = run(arm="decay", seed=seed, progress=progress, **knobs)["norms"]
     (labelled, valid), classes = images(o)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = network(width, labelled[0].shape[1], classes, min(labelled[0].shape[-2:]))
-    model = model.to(device)
+        model = network(o.width, labelled[0].shape[1], classes, min(labelled[0].shape[-2:]))
+    model = model.to(o.device)
     optimizer, schedulers = build(arm, model, norms or {}, o)
+    about = asdict(o) | {"weight_decay": o.decay, "arm": arm, "seed": seed}
     begin, log = time.perf_counter(), nullcontext()
     if out is not None:
-        log = so.track(optimizer, clean(out) / "run.jsonl", every=max(1, steps // 200), config=o)
-    source = batches(*labelled, steps, seed)
+        every = max(1, o.steps // 200)
+        log = so.track(optimizer, clean(out) / "run.jsonl", every=every, config=about)
+    source = batches(*labelled, o, seed)
     if progress and sys.stderr.isatty():
-        source = bars.track(source, f"{arm}, {seed}", steps, console=Console(stderr=True))
+        source = bars.track(source, f"{arm}, {seed}", o.steps, console=Console(stderr=True))
     with so.optim.NormRecorder(optimizer) as recorder, log as tracker:
         found = train(model, source, optimizer, schedulers, tracker, valid, o)
-    result = o | {"seconds": time.perf_counter() - begin} | summary(found, steps)
+    result = about | {"seconds": time.perf_counter() - begin} | summary(found, o.steps)
     if out is not None:
         (out / "results.json").write_text(json.dumps(result) + "\n")
         so.report.write(out / "run.jsonl", out / "report.html")
@@ -283,25 +297,6 @@ def clean(out: Path) -> Path:
     return out
 
 
-def interval(values: Sequence[float], scale: float = 100.0) -> str:
-    """Return mean and half-width of the 95 % interval over seeds."""
-    text = f"{scale * statistics.fmean(values):.2f}"
-    if len(values) < 2:
-        return text
-    half = STUDENT.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{text} ± {scale * half:.2f}"
-
-
-def cells(runs: list[dict[str, Any]], arm: str) -> list[str]:
-    """Return an arm's line of the table; differences are paired by seed."""
-    own = [r for r in runs if r["arm"] == arm]
-    base = {r["seed"]: r["valid_accuracy"] for r in runs if r["arm"] == "decay"}
-    apart = [r["valid_accuracy"] - base[r["seed"]] for r in own if arm != "decay"]
-    columns = [interval([r[key] for r in own]) for key in ("before_drop", "valid_accuracy")]
-    losses = [interval([r[key] for r in own], 1.0) for key in ("valid_loss", "train_loss")]
-    return [arm, *columns, interval(apart) if apart else "", *losses]
-
-
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw accuracy on held-out images against the step, means over seeds."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "norm_matters", "font.size": 9}):
@@ -319,80 +314,52 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def write(runs: list[dict[str, Any]], path: Path, options: str) -> None:
-    """Write results, machine and versions, and the picture beside them."""
-    about = {
-        "command": f"python examples/norm_matters_weight_decay.py {options}",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sphereopt": so.__version__,
-    }
-    runs = [r | {"data": Path(r["data"]).name} for r in runs]  # not where it lies on this machine
-    path.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
-    draw(runs, path.with_suffix(".svg"))
-
-
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+def parsed(argv: Sequence[str] | None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda text: parser.exit(2, f"{parser.prog}: error: {text}\n")
-    parser.add_argument("--data", default="digits", help="digits, an idx folder, or an .npz")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--seeds", type=int, default=1, help="how many")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--lr", type=float, help=f"peak ({LR})")
-    parser.add_argument("--weight-decay", type=float, help="none: set by MEMORIES")
-    parser.add_argument("--width", type=int, default=WIDTH, help="filters of the first layer")
-    parser.add_argument("--pixels", type=int, default=PIXELS, help="images are no larger")
-    parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES)
-    parser.add_argument("--out", type=Path, help="folder: a log and a report of each run")
-    parser.add_argument("--json", type=Path, help="write all results, a picture beside them")
-    parser.add_argument("--full", action="store_true", help=f"for a GPU: {FULL}")
-    if parser.parse_known_args(argv)[0].full:
-        parser.set_defaults(**FULL)
-    return parser.parse_args(argv)
+    hints = get_type_hints(Options, include_extras=True)
+    for field in fields(Options):
+        (kind, text), option = get_args(hints[field.name]), "--" + field.name.replace("_", "-")
+        kind = (get_args(kind) or (kind,))[0]
+        text = f"{text} ({field.default})"
+        parser.add_argument(option, type=kind, default=field.default, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches")
+    parser.add_argument(
+        "--out", type=Path, help="folder: a picture, and a log and a report per arm"
+    )
+    return vars(parser.parse_args(argv))
 
 
-def all_arms(seeds: range, out: Path | None, options: dict[str, Any]) -> list[dict[str, Any]]:
-    runs = []
-    for seed in seeds:
-        norms = None
-        for arm in ARMS:
-            folder = None if out is None else out / f"{arm.replace(' ', '_')}-{seed}"
-            found = run(**options, seed=seed, arm=arm, norms=norms, out=folder)
-            norms = found.pop("norms") if arm == "decay" else norms
-            runs.append({key: value for key, value in found.items() if key != "norms"})
-    return runs
+def all_arms(seed: int, out: Path | None, knobs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what run() returns for every arm, "decay" first: two others need its norms."""
+    norms = None
+    for arm in ARMS:
+        folder = None if out is None else out / arm.replace(" ", "_")
+        found = run(**knobs, seed=seed, arm=arm, norms=norms, out=folder)
+        norms = norms or found["norms"]  # of "decay", the first
+        yield found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    args = vars(parsed(argv))
-    path, out, first, count, _ = (args.pop(k) for k in ("json", "out", "seed", "seeds", "full"))
+    args = parsed(argv)
+    out = args.pop("out")
     try:
-        if count < 1:
-            raise OptionError("seeds", count, "must be 1 or more")
-        if path is not None and not path.parent.is_dir():
-            raise OptionError("json", path, "there is no such folder")
-        runs = all_arms(range(first, first + count), out, args)
+        runs = []
+        for found in all_arms(args.pop("seed"), out, args):
+            runs.append({key: value for key, value in found.items() if key != "norms"})
         if out is not None:
             draw(runs, out / "norm_matters.svg")
-        if path is not None:
-            given = " ".join(sys.argv[1:] if argv is None else argv)
-            write(runs, path, given.replace(args["data"], Path(args["data"]).name))
     except (OptionError, DivergedError, OSError) as error:
         text = str(error)
         if isinstance(error, OptionError):
             text = f"--{error.option.replace('_', '-')} {error.value!r}: {error.remedy}"
         print(f"norm_matters_weight_decay.py: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
-    heads = ("before drop, %", "end, %", "minus decay", "loss", "training loss")
-    table = Table("arm", *heads, box=SIMPLE_HEAD)
-    table.columns[0].no_wrap = True
-    for arm in ARMS:
-        table.add_row(*cells(runs, arm))
+    table = Table("arm", "before drop", "end", "loss", "training loss", box=SIMPLE_HEAD)
+    for r in runs:
+        shares = [f"{r[key]:.2%}" for key in ("before_drop", "valid_accuracy")]
+        table.add_row(r["arm"], *shares, f"{r['valid_loss']:.3f}", f"{r['train_loss']:.3f}")
     Console().print(table)
     return 0
 
