@@ -41,13 +41,17 @@ OPTIMIZERS: dict[str, tuple[Any, float, dict[str, Any]]] = {
     "SphereSGD": (so.SphereSGD, 0.0, {"momentum": 0.9}),
     "AdamW": (torch.optim.AdamW, 0.1, ADAM),
     "SphereAdam": (so.SphereAdam, 0.1, ADAM),
+    "SphereLion": (so.SphereLion, 0.1, {}),
     "AdamH": (literature.AdamH, 0.1, ADAM),
     # Without spheres SphereMuon is torch.optim.Muon, bit for bit, with AdamW for the rest.
     "Muon": (so.SphereMuon, 0.1, ADAM | {"adjust_lr_fn": "match_rms_adamw"}),
     "SphereMuon": (so.SphereMuon, 0.1, ADAM),
     "MuonH": (literature.MuonH, 0.1, ADAM),
 }
-ZERO = ("seed", "warmup", "clip", "lr", "plain_lr", "weight_decay")  # may be 0
+#: Beside an lr in radians. Where no lr is given both are the optimizer's own.
+ORDINARY_LR = dict.fromkeys(("SphereAdam", "AdamH", "Muon", "SphereMuon", "MuonH"), 1e-2)
+ORDINARY_LR["SphereLion"] = 1e-3
+ZERO = ("seed", "warmup", "clip", "lr", "ordinary_lr", "weight_decay")  # may be 0
 FILES = ("run.jsonl", "checkpoint.pt", "report.html", "result.json", "loss.svg")
 CHECK_EVERY = 20  # steps between looks at the loss: each makes the host wait for the device
 
@@ -70,7 +74,7 @@ class Config:
     steps: int = knob(300, "training steps")
     optimizer: str = knob("SphereAdam", "which one", choices=tuple(OPTIMIZERS))
     lr: float | None = knob(None, "peak rate (None: the optimizer's own)")
-    plain_lr: float = knob(1e-2, "AdamW's, for embedding and head beside an lr in radians")
+    ordinary_lr: float | None = knob(None, "of what is on no sphere, beside --lr in radians")
     weight_decay: float | None = knob(None, "of what is on no sphere of fixed radius")
     radius: str = knob("fixed", "hold norms, or copy AdamW and SGD", choices=("fixed", "free"))
     constrain: bool = knob(False, "also hold the blocks' other matrices on spheres, by choice")
@@ -98,8 +102,9 @@ class Config:
             option = "--" + entry.name.replace("_", "-")
             if allowed and value not in allowed:
                 raise RunError(f"{option} {value!r}: choose from {', '.join(allowed)}")
-            if type(value) in (int, float) and not value > -(entry.name in ZERO):
-                raise RunError(f"{option} {value}: must be larger")
+            least = 0 if entry.name in ZERO else 1e-38
+            if type(value) in (int, float) and not least <= value < 1e38:
+                raise RunError(f"{option} {value}: must be between {least} and 1e38")
         if self.width % (2 * self.heads):
             raise RunError(f"--width {self.width}: choose a multiple of {2 * self.heads}")
         able = self.optimizer in ("SphereAdam", "SphereSGD") and not self.constrain
@@ -213,16 +218,18 @@ def make_optimizer(model: GPT, tokens: Tensor, c: Config) -> torch.optim.Optimiz
         spheres = {}
     prefix = "blocks." if c.constrain or c.optimizer == "Muon" else "none"
     groups = so.param_groups(model, spheres, constrain=lambda name, _: name.startswith(prefix))
-    one_rate = c.optimizer in ("AdamW", "SGD") or c.radius == "free"
+    plain, ordinary_lr = c.optimizer in ("AdamW", "SGD") or c.radius == "free", c.ordinary_lr
+    if ordinary_lr is None and c.lr is not None and not plain:
+        ordinary_lr = ORDINARY_LR.get(c.optimizer)
     for group in groups:
         held = group["sphere"] is not None
         if c.optimizer in ("Muon", "SphereMuon"):
             group["orthogonalize"] = held
-        if not held and not one_rate and c.optimizer != "SphereSGD":
-            group["lr"] = c.plain_lr
+        if not held and ordinary_lr is not None:
+            group["lr"] = ordinary_lr
         if c.optimizer == "Muon":  # the same matrices, on no sphere
             group["sphere"] = None
-        elif held and not one_rate:
+        elif held and not plain:
             group["weight_decay"] = 0.0
     given = {"lr": c.lr, "weight_decay": decay if c.weight_decay is None else c.weight_decay}
     given["radius"] = "free" if c.radius == "free" else None
@@ -274,10 +281,8 @@ class Run:  # what a checkpoint holds, and what makes it
         self.step += 1
 
     def check(self) -> None:
-        bad = (~self.losses[: self.step].isfinite()).nonzero()
-        if len(bad):
-            at = f"step {int(bad[0]) + 1}"
-            raise RunError(f"the loss is not finite at {at} (the log is kept); lower --lr")
+        for step in (~self.losses[: self.step].isfinite()).nonzero().flatten().tolist():
+            raise RunError(f"the loss is not finite at step {step + 1} (log kept); lower --lr")
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -357,8 +362,9 @@ def summary(state: Run, seconds: float) -> dict[str, Any]:
     result = {"train_loss": sum(last) / len(last), "valid_loss": loss}
     result |= {"valid_bits": loss / math.log(2), "valid_accuracy": accuracy}
     result |= {"seconds": seconds, "weights": weights, "losses": losses}
-    used = {name: state.optimizer.defaults[name] for name in ("lr", "weight_decay")}
-    return asdict(state.config) | used | result
+    groups, decay = state.optimizer.param_groups, state.optimizer.defaults["weight_decay"]
+    result |= {"lr": groups[0]["initial_lr"], "weight_decay": decay}  # spheres come first
+    return asdict(state.config) | result
 
 
 def write(result: dict[str, Any], out: Path) -> None:
@@ -375,11 +381,11 @@ def main() -> None:
     # Without a usage line an error is one line.
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
     for entry in fields(Config):
-        option, text = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
-        kind = float if entry.default is None else type(entry.default)
+        option, default = "--" + entry.name.replace("_", "-"), entry.default
+        kind = float if default is None else type(default)
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        how |= {"default": entry.default, "help": f"{text} (default: {entry.default})"}
-        parser.add_argument(option, **how)
+        text = f"{entry.metadata['help']} (default: {default})"
+        parser.add_argument(option, default=default, help=text, **how)
     parser.add_argument("--out", type=Path, default=Path("runs/train_gpt"), help="folder to write")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = vars(parser.parse_args())

@@ -42,7 +42,10 @@ def train(gpt, text, **options):
 
 @pytest.mark.parametrize(
     "name",
-    ["SGD", "SphereSGD", "AdamW", "SphereAdam", "AdamH", "Muon", "SphereMuon", "MuonH"],
+    [
+        *["SGD", "SphereSGD", "AdamW", "SphereAdam", "SphereLion"],
+        *["AdamH", "Muon", "SphereMuon", "MuonH"],
+    ],
 )
 def test_every_optimizer_learns(gpt, text, name):
     options = {"steps": 50, "constrain": name not in ("AdamW", "SGD", "Muon"), "lr": 0.03}
@@ -66,12 +69,37 @@ def test_schedules_warm_up_and_come_down(gpt):
 
 def test_the_schedule_moves_angles_and_plain_rates_alike(gpt, text):
     knobs = {k: v for k, v in SMALL.items() if k != "progress"}
-    run = gpt.Run(gpt.Config(data=text, plain_lr=0.003, **knobs))
+    run = gpt.Run(gpt.Config(data=text, ordinary_lr=0.003, **knobs))
     for _ in range(3):
         run.make_step(None)
     rates = {(g["sphere"] is None): g["lr"] for g in run.optimizer.param_groups}
     share = gpt.share_of_peak(3, run.config)
     assert rates == {False: pytest.approx(0.01 * share), True: pytest.approx(0.003 * share)}
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "held", "rest"),
+    [
+        ("AdamW", {}, 1e-3, 1e-3),  # torch's own
+        ("AdamW", {"lr": 0.04}, 0.04, 0.04),
+        ("SphereSGD", {}, 0.02, 0.1),  # ours
+        ("SphereSGD", {"lr": 0.04}, 0.04, 0.04),
+        ("SphereAdam", {}, 0.02, 3e-3),
+        ("SphereAdam", {"lr": 0.04}, 0.04, 0.01),
+        ("SphereAdam", {"lr": 0.04, "ordinary_lr": 0.5}, 0.04, 0.5),
+        ("SphereAdam", {"ordinary_lr": 0.5}, 0.02, 0.5),
+        ("SphereAdam", {"radius": "free"}, 1e-3, 1e-3),
+        ("SphereAdam", {"radius": "free", "lr": 0.04}, 0.04, 0.04),
+        ("SphereLion", {"lr": 0.04}, 0.04, 1e-3),
+        ("MuonH", {}, 0.02, 0.02),  # Hyperball's
+    ],
+)
+def test_rates_are_those_asked_for_or_the_optimizers_own(gpt, text, name, knobs, held, rest):
+    small = {k: v for k, v in SMALL.items() if k not in ("progress", "lr")}
+    run = gpt.Run(gpt.Config(data=text, optimizer=name, **small, **knobs))
+    rates = {(g["sphere"] is None): g["initial_lr"] for g in run.optimizer.param_groups}
+    assert rates == {False: held, True: rest}
+    assert gpt.summary(run, 0.0)["lr"] == held
 
 
 def test_heads_and_writers_are_proved_the_rest_is_held_by_choice(gpt, text):
@@ -228,8 +256,10 @@ def test_the_standard_library_is_text_enough(gpt):
     [
         ({"data": "nowhere.txt"}, "--data 'nowhere.txt': there is no such file"),
         ({"optimizer": "Adamw"}, "--optimizer 'Adamw': choose from SGD, .*AdamW"),
-        ({"steps": 0}, "--steps 0: must be larger"),
+        ({"steps": 0}, "--steps 0: must be between 1e-38 and 1e38"),
         ({"lr": float("nan")}, "--lr nan"),
+        ({"weight_decay": -0.5}, "--weight-decay -0.5: must be between 0 and 1e38"),
+        ({"lr": 1e39}, r"--lr 1e\+39: must be between 0 and 1e38"),
         ({"width": 18}, "--width 18: choose a multiple of 4"),
         ({"radius": "free", "constrain": True}, "--radius free: needs"),
         ({"device": "cuda:99"}, "--device cuda:99: torch cannot use it"),
