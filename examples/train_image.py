@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
-from matplotlib.figure import Figure
 from rich import progress
 from rich.console import Console
 from rich.table import Table
@@ -87,7 +86,7 @@ def check(o: Options) -> None:
     wrong = {k: f"use {', '.join(map(str, v))}" for k, v in choices.items() if vars(o)[k] not in v}
     for name, value in vars(o).items():
         least = 0 if name in ("warmup", "norm_eps", "weight_decay", "seed") else 1e-12
-        if type(value) in (int, float) and not least <= value < math.inf:
+        if type(value) in (int, float) and not least <= value < 1e38:  # float32 ends there
             wrong[name] = "must be a positive number" + " or zero" * (least == 0)
     if o.radius is not None and not o.optimizer.startswith("Sphere"):
         wrong["radius"] = f"{o.optimizer} has no spheres; use SphereSGD, ..."
@@ -351,7 +350,7 @@ def run(**knobs: Any) -> dict[str, Any]:
     results |= job.evaluate() | {"seconds": seconds, "steps": o.steps, "losses": losses}
     if writes:
         (o.out / "results.json").write_text(json.dumps(results) + "\n")
-        draw(losses, o.out / "run.svg")
+        so.report.instruments.metric(o.out / "run.jsonl", "loss").savefig(o.out / "run.svg")
         so.report.write(o.out / "run.jsonl", o.out / "report.html")
     return results
 
@@ -364,13 +363,6 @@ def prepare(o: Options) -> None:
             (o.out / name).unlink(missing_ok=True)
     except OSError as error:
         raise OptionError("out", o.out, f"cannot write there ({error.strerror})") from None
-
-
-def draw(losses: list[float], path: Path) -> None:
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="training loss")
-    axes.semilogy(range(1, len(losses) + 1), losses, linewidth=0.8)
-    figure.savefig(path, metadata={"Date": None})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

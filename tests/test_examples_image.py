@@ -258,15 +258,15 @@ def test_the_rate_rises_and_then_falls_to_zero(example):
 def test_weight_decay_goes_where_norms_are_free(example):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, bias=False), torch.nn.BatchNorm2d(8))
     model.append(torch.nn.Flatten()).append(torch.nn.Linear(8, 2))
-    for optimizer, radius, expected in (
-        ("SGD", None, 0.3),
-        ("SphereSGD", "free", 0.3),
-        ("SphereSGD", None, 0.0),
+    for optimizer, radius, decay, lr in (
+        ("SGD", None, 0.3, 1e-3),
+        ("SphereSGD", "free", 0.3, 1e-3),
+        ("SphereSGD", None, 0.0, 0.02),
     ):
         o = example.Options(optimizer=optimizer, radius=radius, weight_decay=0.3, ordinary_lr=0.7)
         groups = example.make_optimizer(o, model, torch.randn(4, 1, 3, 3)).param_groups
         decays = {tuple(g["param_names"]): (g["weight_decay"], g["lr"]) for g in groups}
-        assert decays[("0.weight",)] == (expected, 1e-3)
+        assert decays[("0.weight",)] == (decay, lr)
         assert decays[("3.weight",)] == (0.3, 0.7)
         assert decays[("1.weight", "1.bias", "3.bias")] == (0.0, 0.7)
 
