@@ -146,7 +146,8 @@ def load_text(c: Config) -> tuple[Tensor, Tensor, int]:
 
 def batch(tokens: Tensor, config: Config, step: int) -> Tensor:
     """Return random windows, ``(batch_size, context + 1)``; they depend on seed and step only."""
-    generator = torch.Generator().manual_seed((config.seed << 32) + step)
+    # Of a seed torch's generator reads 32 bits, the low ones.
+    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**32)
     high = len(tokens) - config.context
     starts = torch.randint(high, (config.batch_size, 1), generator=generator).to(tokens.device)
     return tokens[starts + torch.arange(config.context + 1, device=tokens.device)]

@@ -56,11 +56,18 @@ def test_sgd_settles_where_theory_says(example):
         assert m["norm"]["ratio"] == pytest.approx(1, rel=0.1)
 
 
-def test_the_same_seed_gives_the_same_run_and_leaves_torchs_generator_alone(example):
+def test_the_same_seed_gives_the_same_run_and_leaves_torchs_generator_alone(example, monkeypatch):
     state = torch.get_rng_state()
     first, again = (example.run(steps=20, progress=False) for _ in range(2))
     other = example.run(steps=20, seed=1, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
+    # Another seed is another network, and other batches.
+    norms = [r["matrices"]["1.weight"]["norm"]["measured line"][0] for r in (first, other)]
+    assert norms[0] != norms[1]
+    network = example.network
+    monkeypatch.setattr(example, "network", lambda *a: (torch.manual_seed(0), network(*a))[1])
+    losses = [example.run(steps=20, seed=seed, progress=False)["train_loss"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
     assert first["matrices"] == again["matrices"]
     assert first["train_loss"] == again["train_loss"] != other["train_loss"]
 

@@ -100,6 +100,19 @@ def test_rates_are_those_asked_for_or_the_optimizers_own(gpt, text, name, knobs,
     rates = {(g["sphere"] is None): g["initial_lr"] for g in run.optimizer.param_groups}
     assert rates == {False: held, True: rest}
     assert gpt.summary(run, 0.0)["lr"] == held
+    decays = {g["weight_decay"] for g in run.optimizer.param_groups if g["sphere"] is not None}
+    plain = name == "AdamW" or knobs.get("radius") == "free"
+    assert decays == {0.1 if plain else 0.0}  # where a norm is fixed there is nothing to decay
+
+
+def test_batches_depend_on_seed_and_step_and_nothing_else(gpt):
+    tokens = torch.arange(10_000)
+    first, other = (gpt.Config(seed=seed, context=8, batch_size=4) for seed in (0, 1))
+    windows = gpt.batch(tokens, first, 5)
+    assert torch.equal(windows, gpt.batch(tokens, first, 5))
+    assert torch.equal(windows - windows[:, :1], torch.arange(9).expand(4, 9))
+    for config, step in ((first, 6), (other, 5)):
+        assert not torch.equal(windows, gpt.batch(tokens, config, step))
 
 
 def test_heads_and_writers_are_proved_the_rest_is_held_by_choice(gpt, text):

@@ -97,6 +97,7 @@ def test_all_arms_start_from_the_same_weights_and_batches(example, tmp_path, mon
         assert losses == pytest.approx([losses[0]] * 6, rel=1e-3)
     assert first[0, "decay"] != first[1, "decay"]
     norms = {(r["seed"], r["arm"]): r["norms"][CONV] for r in runs}
+    assert not torch.equal(norms[0, "decay"][0], norms[1, "decay"][0])  # other initial weights
     for seed in (0, 1):  # which were those of decay, not of the arm before
         assert torch.equal(norms[seed, "lr correction"], norms[seed, "decay"])
         wanted = norms[seed, "decay"][3]  # stored in float32 once
