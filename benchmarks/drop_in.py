@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from train_image import run
+
 FAMILIES = {"SGD": ("SphereSGD", 0.1), "AdamW": ("SphereAdam", 3e-3)}
 EPS = (1e-5, 1e-12)
 ARMS = ("2 threads", "free", "lr + 1 %")
@@ -40,9 +42,6 @@ COLOURS = dict(zip(ARMS, ("0.45", "#d55e00", "#0072b2"), strict=True))
 
 def runs(family: str, seed: int, **knobs: Any) -> dict[str, dict[str, Any]]:
     """Return the results of torch and of the three arms."""
-    sys.path.insert(0, str(EXAMPLES))
-    from train_image import run
-
     ours, lr = FAMILIES[family]
     knobs |= {"seed": seed, "progress": False}
     torch.set_num_threads(1)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sphereopt as so
-from sphereopt.train import DivergedError, OptionError, load
+from sphereopt.train import DivergedError, OptionError, fresh_folder, load
 
 #: Optimizer, its name in the calculator, lr, weight decay, the rest. lr * weight_decay is such that
 #: all forget a direction in about 1000 steps (SGD: divided by 1 - momentum).
@@ -159,9 +159,8 @@ def checked(optimizer: str, device: str, steps: int, **positive: float) -> None:
             raise OptionError(name, value, "must be a positive number")
 
 
-def train(model, source, optimizer, rest, tracker) -> list[float]:
-    """Run the plain loop; return the losses."""
-    losses = []
+def train(model, source, optimizer, rest, tracker, losses: Tensor) -> None:
+    """Run the plain loop; fill in the losses."""
     for step, (x, y) in enumerate(source, 1):
         model.zero_grad()
         loss = cross_entropy(model(x), y)
@@ -169,19 +168,12 @@ def train(model, source, optimizer, rest, tracker) -> list[float]:
         tracker.log(loss=loss)
         optimizer.step()
         rest.step()
-        losses.append(loss.detach())
-        if step % CHECK_EVERY == 0:
-            finite(losses)
-    return finite(losses)
-
-
-def finite(losses: list[Tensor]) -> list[float]:
-    """Return the losses as numbers: the only wait for the device."""
-    values = torch.stack(losses).tolist()
-    for step, value in enumerate(values, 1):
-        if not math.isfinite(value):
-            raise DivergedError(f"the loss is {value} at step {step}; use a smaller lr")
-    return values
+        losses[step - 1] = loss.detach()
+        if step % CHECK_EVERY == 0 or step == len(losses):  # the only waits for the device
+            for bad in (~losses.isfinite()).nonzero().flatten().tolist():
+                raise DivergedError(
+                    f"the loss is {losses[bad]} at step {bad + 1}; use a smaller lr"
+                )
 
 
 def run(
@@ -215,13 +207,14 @@ def run(
     rows: list[dict[str, Any]] = []
     sinks: list[Any] = [rows.append]
     if out is not None:
-        sinks.append(clean(out) / "run.jsonl")
+        sinks.append(fresh_folder(out, FILES) / "run.jsonl")
     begin = time.perf_counter()
     with so.track(optimized, sinks, every=max(1, steps // ROWS)) as tracker:
         source = batches(x, y, classes, steps, seed)
         if progress and sys.stderr.isatty():
             source = bars.track(source, optimizer, steps, console=Console(stderr=True))
-        losses = train(model, source, optimized, rest, tracker)
+        losses = torch.zeros(steps, device=device)
+        train(model, source, optimized, rest, tracker, losses)
     found = {
         "optimizer": optimizer,
         "seed": seed,
@@ -229,7 +222,7 @@ def run(
         "weight_decay": weight_decay,
         "steps": steps,
         "seconds": time.perf_counter() - begin,
-        "train_loss": float(np.mean(losses[-max(1, steps // 10) :])),
+        "train_loss": losses[-max(1, steps // 10) :].double().mean().item(),
         **evaluate(model, *held_out),
         "matrices": compare(optimizer, model, rows, start, lr, weight_decay),
     }
@@ -237,17 +230,6 @@ def run(
         (out / "results.json").write_text(json.dumps(found) + "\n")
         so.report.write(out / "run.jsonl", out / "report.html")
     return found
-
-
-def clean(out: Path) -> Path:
-    """Make the folder, without what an earlier run left."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OptionError("out", out, f"cannot write there ({error.strerror})") from None
-    return out
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, pad
 
 import sphereopt as so
-from sphereopt.train import DivergedError, OptionError, load
+from sphereopt.train import DivergedError, OptionError, fresh_folder, load
 
 #: Arm to its colour (Okabe and Ito's) and dashes.
 ARMS = {
@@ -208,7 +208,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
 
 def train(model, source, optimizer, schedulers, tracker, valid, o) -> dict[str, Any]:
     """Run the plain loop; return losses, and step, loss and accuracy at every evaluation."""
-    losses, curve, every = [], [], max(1, o.steps // EVALUATIONS)
+    losses, curve, every = torch.zeros(o.steps, device=o.device), [], max(1, o.steps // EVALUATIONS)
     for step, (x, y) in enumerate(source, 1):
         optimizer.zero_grad()
         loss = cross_entropy(model(x), y)
@@ -218,14 +218,12 @@ def train(model, source, optimizer, schedulers, tracker, valid, o) -> dict[str, 
         optimizer.step()
         for scheduler in schedulers:
             scheduler.step()
-        losses.append(loss.detach())
+        losses[step - 1] = loss.detach()
         if step % every == 0 or step == o.steps:  # the only waits for the device
-            bad = (~torch.stack(losses).isfinite()).nonzero()
-            if len(bad):
-                where = f"at step {int(bad[0]) + 1}; use a smaller lr"
-                raise DivergedError(f"the loss is not finite {where}")
+            for bad in (~losses.isfinite()).nonzero().flatten().tolist():
+                raise DivergedError(f"the loss is not finite at step {bad + 1}; use a smaller lr")
             curve.append((step, *evaluate(model, *valid)))
-    return {"losses": torch.stack(losses).tolist(), "curve": curve}
+    return {"losses": losses.tolist(), "curve": curve}
 
 
 def run(
@@ -259,7 +257,7 @@ def run(
     begin, log = time.perf_counter(), nullcontext()
     if out is not None:
         every = max(1, o.steps // 200)
-        log = so.track(optimizer, clean(out) / "run.jsonl", every=every, config=about)
+        log = so.track(optimizer, fresh_folder(out, FILES) / "run.jsonl", every=every, config=about)
     source = batches(*labelled, o, seed)
     if progress and sys.stderr.isatty():
         source = bars.track(source, f"{arm}, {seed}", o.steps, console=Console(stderr=True))
@@ -284,17 +282,6 @@ def summary(found: dict[str, Any], steps: int) -> dict[str, Any]:
         "before_drop": statistics.fmean(point[2] for point in early),
         "curve": curve,
     }
-
-
-def clean(out: Path) -> Path:
-    """Make the folder, without what an earlier run left."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OptionError("out", out, f"cannot write there ({error.strerror})") from None
-    return out
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:

@@ -48,9 +48,8 @@ OPTIMIZERS: dict[str, tuple[Any, float, dict[str, Any]]] = {
     "SphereMuon": (so.SphereMuon, 0.1, ADAM),
     "MuonH": (literature.MuonH, 0.1, ADAM),
 }
-#: Beside an lr in radians. Where no lr is given both are the optimizer's own.
-ORDINARY_LR = dict.fromkeys(("SphereAdam", "AdamH", "Muon", "SphereMuon", "MuonH"), 1e-2)
-ORDINARY_LR["SphereLion"] = 1e-3
+#: Beside an lr in radians; 1e-2 for the others. Where no lr is given both are the optimizer's own.
+ORDINARY_LR = {"SphereSGD": None, "SphereLion": 1e-3}
 ZERO = ("seed", "warmup", "clip", "lr", "ordinary_lr", "weight_decay")  # may be 0
 FILES = ("run.jsonl", "checkpoint.pt", "report.html", "result.json", "loss.svg")
 CHECK_EVERY = 20  # steps between looks at the loss: each makes the host wait for the device
@@ -191,7 +190,7 @@ class GPT(nn.Module):
     def __init__(self, c: Config, vocabulary: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, c.width)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.blocks = nn.Sequential(*(Block(c) for _ in range(c.depth)))
         self.head = nn.Linear(c.width, vocabulary, bias=False)
         for name, p in self.named_parameters():
             branch = name.endswith(("o.weight", "down.weight"))
@@ -202,26 +201,21 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.blocks[-1].norm(x))
+        return self.head(self.blocks[-1].norm(self.blocks(self.embed(tokens))))
 
 
 def make_optimizer(model: GPT, tokens: Tensor, c: Config) -> torch.optim.Optimizer:
     """Find the spheres, group the parameters, and build the optimizer of this name."""
     kind, decay, options = OPTIMIZERS[c.optimizer]
-    spheres: Any = so.find_spheres(model, tokens)
+    spheres: Any = {} if c.optimizer == "Muon" else so.find_spheres(model, tokens)
     if c.optimizer in ("AdamH", "SphereMuon", "MuonH"):
         # Joint spheres have the embedding in them, which is no matrix to orthogonalize.
         spheres = {name: spec for name, spec in spheres.spheres.items() if isinstance(name, str)}
-    if c.optimizer == "Muon":
-        spheres = {}
     prefix = "blocks." if c.constrain or c.optimizer == "Muon" else "none"
     groups = so.param_groups(model, spheres, constrain=lambda name, _: name.startswith(prefix))
     plain, ordinary_lr = c.optimizer in ("AdamW", "SGD") or c.radius == "free", c.ordinary_lr
     if ordinary_lr is None and c.lr is not None and not plain:
-        ordinary_lr = ORDINARY_LR.get(c.optimizer)
+        ordinary_lr = ORDINARY_LR.get(c.optimizer, 1e-2)
     for group in groups:
         held = group["sphere"] is not None
         if c.optimizer in ("Muon", "SphereMuon"):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, relu
 
 import sphereopt as so
-from sphereopt.train import DivergedError, OptionError, load
+from sphereopt.train import DivergedError, OptionError, fresh_folder, load
 
 #: Optimizer and its options unless others are given. All take the same groups. Spheres of fixed
 #: radius have no weight decay: there it is that of the other matrices, here the last layer.
@@ -341,7 +341,7 @@ def run(**knobs: Any) -> dict[str, Any]:
     rank, world = processes(o.device)
     job, writes = Run(o, Images(o, rank, world), world), o.out is not None and rank == 0
     if writes:
-        prepare(o)
+        fresh_folder(o.out, () if o.resume else FILES)
     begin = time.perf_counter()
     train(job, writes)
     seconds, losses = time.perf_counter() - begin, job.losses.tolist()
@@ -353,16 +353,6 @@ def run(**knobs: Any) -> dict[str, Any]:
         so.report.instruments.metric(o.out / "run.jsonl", "loss").savefig(o.out / "run.svg")
         so.report.write(o.out / "run.jsonl", o.out / "report.html")
     return results
-
-
-def prepare(o: Options) -> None:
-    """Make the folder, without what an earlier run left."""
-    try:
-        o.out.mkdir(parents=True, exist_ok=True)
-        for name in () if o.resume else FILES:
-            (o.out / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OptionError("out", o.out, f"cannot write there ({error.strerror})") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

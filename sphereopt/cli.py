@@ -170,16 +170,12 @@ def _checked(args: argparse.Namespace) -> tuple[Config, Dataset]:
 
 def _clean_folder(args: argparse.Namespace) -> Path:
     """Return the output folder, made and without what an earlier run left, or leave."""
-    out = Path(args.out)
+    from sphereopt.train import OptionError, fresh_folder
+
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
-            (out / name).unlink(missing_ok=True)
-        (out / _FILES[0]).touch()
-    except OSError as error:
-        args.parser.error(
-            f"--out {args.out!r}: cannot write there ({error.strerror}); choose another folder"
-        )
+        out = fresh_folder(Path(args.out), _FILES)
+    except OptionError as error:
+        args.parser.error(f"--out {args.out!r}: {error.remedy}")
     return out
 
 

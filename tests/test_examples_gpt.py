@@ -1,6 +1,7 @@
 """The GPT example: it trains, resumes to the bit, copies AdamW, and says what is wrong."""
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -346,3 +347,15 @@ def test_the_page_shows_what_was_measured():
         assert f"| {label} | {' | '.join(figures)} |" in PAGE
     clipped = MEASURED["drop_in"]["rows"][0]["clipped"]["largest"]
     assert f"| the same, both clipped | {clipped:.1e} |" in PAGE
+
+
+def test_what_the_page_says_of_the_families_is_so():
+    rows = {row["optimizer"]: row for row in MEASURED["compared"]["rows"]}
+    families = ("AdamW", "SphereAdam", "AdamH"), ("Muon", "SphereMuon", "MuonH")
+    plain, orthogonal = ([rows[name] for name in family] for family in families)
+    assert max(row["mean"] for row in orthogonal) + 0.1 < min(row["mean"] for row in plain)
+    for family in (plain, orthogonal):
+        for a, b in itertools.combinations(family, 2):
+            assert abs(a["mean"] - b["mean"]) < a["interval"] + b["interval"]
+    assert {row["lr"] for name, row in rows.items() if name not in ("AdamW", "Muon")} == {0.03}
+    assert [name for name, row in rows.items() if row["edge"]] == ["Muon"]

@@ -251,3 +251,19 @@ def test_the_shape_that_the_page_claims_is_there():
         ends = apart(arm, "valid_accuracy")
         assert abs(ends.mean()) < 0.5
         assert abs(ends.mean()) < 4.303 * ends.std(ddof=1) / 3**0.5
+
+
+def test_at_the_small_setting_the_end_is_as_the_page_says(study):
+    found = json.loads((RESULTS.parent / "norm_matters_fashion_mnist.json").read_text())["runs"]
+    assert "| −0.15 ± 1.28 |" in study.line(found, "no decay")
+    means = {
+        arm: {
+            key: np.mean([100 * r[key] for r in found if r["arm"] == arm])
+            for key in ("before_drop", "valid_accuracy")
+        }
+        for arm in study.example.ARMS
+    }
+    behind = means["no decay"]["before_drop"] - means["decay"]["before_drop"]
+    assert behind == pytest.approx(8, abs=0.1)
+    ends = [mean["valid_accuracy"] for mean in means.values()]
+    assert max(ends) - min(ends) < 0.5

@@ -1,9 +1,11 @@
 """The comparison run as a library: its data, its arms, what they must agree on."""
 
+import errno
 import gc
 import gzip
 import json
 import math
+import os
 import warnings
 from dataclasses import replace
 
@@ -17,6 +19,7 @@ from sphereopt.train import (
     Config,
     DivergedError,
     OptionError,
+    fresh_folder,
     learning_rate,
     load,
     loop,
@@ -380,3 +383,25 @@ def test_options_out_of_range(option, value):
         Config(**{option: value})
     assert caught.value.option == option
     assert caught.value.value == str(value)
+
+
+def test_a_fresh_folder_has_nothing_of_an_earlier_run_and_all_else(tmp_path):
+    out = tmp_path / "a" / "b"
+    assert fresh_folder(out, ("run.jsonl",)) == out
+    for name in ("run.jsonl", "notes.txt"):
+        (out / name).write_text("x")
+    fresh_folder(out, ("run.jsonl", "report.html"))
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OptionError, match=r"out='.*file': cannot write there \(.+\); choose"):
+        fresh_folder(tmp_path / "file", ())
+
+    def read_only(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("sphereopt.train.folder.TemporaryFile", read_only)
+    with pytest.raises(OptionError, match="Read-only file system"):
+        fresh_folder(tmp_path, ())

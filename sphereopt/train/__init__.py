@@ -2,6 +2,7 @@
 
 from sphereopt.train.config import Config, OptionError, learning_rate, predicted_angle
 from sphereopt.train.data import Dataset, load
+from sphereopt.train.folder import fresh_folder
 from sphereopt.train.loop import DivergedError, train
 from sphereopt.train.results import ArmResult, Results
 
@@ -12,6 +13,7 @@ __all__ = [
     "DivergedError",
     "OptionError",
     "Results",
+    "fresh_folder",
     "learning_rate",
     "load",
     "predicted_angle",
